@@ -1,0 +1,210 @@
+"""Arrow shards: the bytes on disk of a prepared folder, written in one pass and read memory-mapped.
+
+A shard is a plain Arrow IPC stream, so `datasets.Dataset.from_file(shard)` opens it, and neither side has to import `datasets` (which
+takes seconds and wants a cache folder). Offsets are int32, so one record batch holds less than 2^31 tokens.
+
+The writer works in `DIR.partial-<pid>` beside the target and renames it when the manifest is in place: an interrupted run leaves
+nothing that opens.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_amopo.data.groups import TokenizedGroup
+from megatron_amopo.data.manifest import MANIFEST_NAME, Manifest
+from megatron_amopo.errors import DataError
+
+_TOKENS = pa.list_(pa.list_(pa.int32()))
+SCHEMA = pa.schema(
+    [
+        ("record_id", pa.int64()),
+        ("source", pa.string()),
+        ("prompt_ids", _TOKENS),
+        ("chosen_ids", _TOKENS),
+        ("rejected_ids", _TOKENS),
+        ("lengths", _TOKENS),
+        ("chosen_scores", pa.list_(pa.float32())),
+        ("rejected_scores", pa.list_(pa.float32())),
+    ]
+)
+SHARD_BYTES = 256 << 20
+
+
+def groups_to_batch(
+    groups: Sequence[TokenizedGroup], sources: Sequence[str], chosen_scores: np.ndarray, rejected_scores: np.ndarray
+) -> pa.RecordBatch:
+    """Pack groups (all of the same D) and their scores, float32 [N, K], into one record batch of `SCHEMA`."""
+    columns = [
+        pa.array([group.record_id for group in groups], pa.int64()),
+        pa.array(sources, pa.string()),
+        _nested([group.prompts for group in groups]),
+        _nested([group.chosen for group in groups]),
+        _nested([group.rejected for group in groups]),
+        _nested([tuple(group.lengths()) for group in groups]),
+        _flat_lists(chosen_scores),
+        _flat_lists(rejected_scores),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def group_digest(group: TokenizedGroup, chosen_scores: np.ndarray, rejected_scores: np.ndarray) -> bytes:
+    """SHA-256 of a group's tokens and scores, in a byte order and layout of its own so that it doesn't depend on Arrow."""
+    digest = hashlib.sha256(group.lengths().astype("<i4").tobytes())
+    for side in (group.prompts, group.chosen, group.rejected):
+        for tokens in side:
+            digest.update(np.ascontiguousarray(tokens, dtype="<i4"))
+    for scores in (chosen_scores, rejected_scores):
+        digest.update(np.ascontiguousarray(scores, dtype="<f4"))
+    return digest.digest()
+
+
+def with_record_ids(batch: pa.RecordBatch, record_ids: np.ndarray) -> pa.RecordBatch:
+    """The same rows under other record ids: they are known only when the records before have been counted."""
+    return batch.set_column(0, SCHEMA.field(0), pa.array(record_ids, pa.int64()))
+
+
+def _nested(rows: Sequence[Sequence[np.ndarray]]) -> pa.Array:
+    leaves = [leaf for row in rows for leaf in row]
+    values = np.concatenate(leaves).astype(np.int32, copy=False) if leaves else np.empty(0, np.int32)
+    inner = pa.ListArray.from_arrays(pa.array(_offsets([len(leaf) for leaf in leaves])), pa.array(values))
+    return pa.ListArray.from_arrays(pa.array(_offsets([len(row) for row in rows])), inner)
+
+
+def _flat_lists(values: np.ndarray) -> pa.Array:
+    rows, width = values.shape
+    return pa.ListArray.from_arrays(pa.array(_offsets([width] * rows)), pa.array(values.astype(np.float32).reshape(-1)))
+
+
+def _offsets(counts: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+
+
+class FolderWriter:
+    """Writes one prepared folder. A context manager: leaving it without `finish` removes what was written.
+
+    Raises DataError naming `--output` where the folder exists (and `force` is off), isn't ours to replace, or can't be written.
+    """
+
+    def __init__(self, folder: str | Path, force: bool = False) -> None:
+        self.folder = Path(folder)
+        self._check_target(force)
+        self.partial = self.folder.with_name(f"{self.folder.name}.partial-{os.getpid()}")
+        self._streams: dict[str, pa.RecordBatchStreamWriter] = {}
+        self._shards: dict[str, int] = {}
+        self._digest = hashlib.sha256()
+        self._finished = False
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir()
+        except OSError as error:
+            raise DataError(f"--output {self.folder}: can't be written ({error.strerror})") from error
+
+    def _check_target(self, force: bool) -> None:
+        if self.folder.is_dir():
+            ours = (self.folder / MANIFEST_NAME).is_file()
+            if any(self.folder.iterdir()) and not (ours and force):
+                how = "pass --force to replace it" if ours else "it isn't prepared data, so it won't be replaced; name another"
+                raise DataError(f"--output {self.folder}: the folder exists and is not empty; {how}")
+        elif self.folder.exists() or self.folder.is_symlink():
+            raise DataError(f"--output {self.folder}: exists and is not a folder")
+
+    def add(self, split: str, batch: pa.RecordBatch, digests: Sequence[bytes]) -> None:
+        """Append rows, whose record ids are final, to a split. `digests` are the rows' `group_digest`s."""
+        for record_id, digest in zip(batch.column(0).to_pylist(), digests, strict=True):
+            self._digest.update(f"{split}:{record_id}:".encode() + digest)
+        try:
+            self._stream(split).write_batch(batch)
+        except OSError as error:
+            raise DataError(f"--output {self.folder}: writing failed ({error})") from error
+
+    def _stream(self, split: str) -> pa.RecordBatchStreamWriter:
+        number = self._shards.get(split, 0)
+        path = self.partial / split / f"data-{number:05d}.arrow"
+        if split in self._streams and path.stat().st_size >= SHARD_BYTES:
+            self._streams.pop(split).close()
+            self._shards[split] = number + 1
+            path = path.with_name(f"data-{number + 1:05d}.arrow")
+        if split not in self._streams:
+            path.parent.mkdir(exist_ok=True)
+            self._streams[split] = pa.ipc.new_stream(str(path), SCHEMA)
+        return self._streams[split]
+
+    def data_sha256(self) -> str:
+        """Hash of record ids, tokens and scores added so far, in the order added."""
+        return self._digest.hexdigest()
+
+    def finish(self, manifest: Manifest, extra_files: dict[str, str] | None = None) -> None:
+        """Close the shards, write the manifest last, and put the folder in its place."""
+        try:
+            self._close()
+            for name, text in (extra_files or {}).items():
+                (self.partial / name).write_text(text, encoding="utf-8")
+            manifest.save(self.partial)
+            if self.folder.exists():
+                old = self.folder.with_name(f"{self.folder.name}.old-{os.getpid()}")
+                self.folder.rename(old)
+                self.partial.rename(self.folder)
+                shutil.rmtree(old)
+            else:
+                self.partial.rename(self.folder)
+        except OSError as error:
+            raise DataError(f"--output {self.folder}: writing failed ({error})") from error
+        self._finished = True
+
+    def _close(self) -> None:
+        while self._streams:
+            self._streams.popitem()[1].close()
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._finished:
+            try:
+                self._close()
+            finally:
+                shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def open_split(folder: Path, split: str) -> pa.Table:
+    """Memory-map all shards of a split as one table. Raises DataError naming the shard that doesn't read."""
+    tables = []
+    for path in sorted((folder / split).glob("*.arrow")):
+        try:
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path} doesn't read as Arrow ({error}); was the copy complete?") from error
+        if table.schema != SCHEMA:
+            raise DataError(f"{path} has other columns than prepared data has; prepare the data again")
+        tables.append(table)
+    return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+
+
+def write_groups(
+    folder: str | Path, splits: dict[str, Sequence[TokenizedGroup]], manifest: Manifest, scores: float = 3.0, force: bool = False
+) -> Manifest:
+    """Write groups that are in memory already, for tests and generated data; every score is `scores`.
+
+    The manifest's `records` and `data_sha256` are replaced by the true ones; returns the manifest as written.
+    """
+    from dataclasses import replace
+
+    width = len(manifest.dimensions) - 1
+    with FolderWriter(folder, force) as writer:
+        for split, groups in splits.items():
+            table = np.full((len(groups), width), scores, np.float32)
+            sources = [f"memory:{group.record_id}" for group in groups]
+            digests = [group_digest(group, row, row) for group, row in zip(groups, table, strict=True)]
+            writer.add(split, groups_to_batch(groups, sources, table, table), digests)
+        counts = {split: len(groups) for split, groups in splits.items()}
+        manifest = replace(manifest, records=counts, data_sha256=writer.data_sha256())
+        writer.finish(manifest)
+    return manifest

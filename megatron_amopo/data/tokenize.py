@@ -1,0 +1,218 @@
+"""From conversations to token ids: the tokenizer's own chat template, exact response spans, and the length limit.
+
+Takes the D conversations of a record and its two responses; gives int32 arrays. The prompt is the template's rendering up to the
+point where the assistant writes; the response is what the template renders after that, up to and including the end-of-turn token.
+Prompt and response are encoded separately: these are the tokens a model sees when it generates, and both responses share their prompt
+exactly. A beginning-of-sequence token comes from the template or not at all.
+
+`TokenizerSource` is what crosses to worker processes (text only); `ChatTokenizer` is built from it where the work is done.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from megatron_amopo.data.chat_template import ChatTemplate, Messages, TemplateRefusal
+from megatron_amopo.data.groups import TokenizedGroup, TokenizerFingerprint
+from megatron_amopo.data.problems import RecordProblem
+from megatron_amopo.errors import DataError
+
+__all__ = ["ChatTokenizer", "TokenizedGroup", "TokenizerFingerprint", "TokenizerSource", "tokenizer_fingerprint"]
+
+# A Unicode noncharacter stands for control tokens' names found in the text while the template renders it.
+_MARK = "\ufdd0"
+_MARKED = re.compile(f"{_MARK}([0-9]+){_MARK}")
+_PROBES = ("Why is the sky blue?", "Because of Rayleigh scattering.", "  42 ")
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A tokenizer as plain text: `backend` is tokenizer.json, `special_tokens` the names that the template may use."""
+
+    backend: str
+    template: str
+    special_tokens: tuple[tuple[str, str], ...]
+    pad_id: int | None
+    name: str
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TokenizerSource":
+        """Read a Hugging Face tokenizer folder. Raises DataError naming `--tokenizer` where it is missing or unsuitable."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(f"--tokenizer {folder}: there is no such folder (a local Hugging Face tokenizer or model folder is expected)")
+        from transformers import AutoTokenizer  # takes seconds: only here
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # transformers raises nearly anything for an incomplete folder
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"--tokenizer {folder}: transformers can't load it ({first_line})") from error
+        return cls.of(tokenizer, folder.resolve().name)
+
+    @classmethod
+    def of(cls, tokenizer: Any, name: str | None = None) -> "TokenizerSource":
+        """Take apart a transformers tokenizer, of version 4 or 5."""
+        name = name or Path(str(getattr(tokenizer, "name_or_path", "") or "tokenizer")).name
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(f"--tokenizer {name}: has no tokenizer.json (only fast tokenizers are supported)")
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise DataError(f"--tokenizer {name}: has no chat template; add chat_template.jinja to its folder")
+        special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if not isinstance(value, list)}
+        return cls(backend.to_str(), template, tuple(sorted(special.items())), tokenizer.pad_token_id, name)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
+    """Identity of a tokenizer, given as a transformers tokenizer, a folder or a `TokenizerSource`. Raises DataError."""
+    if isinstance(tokenizer, str | Path):
+        tokenizer = TokenizerSource.load(tokenizer)
+    elif not isinstance(tokenizer, TokenizerSource):
+        tokenizer = TokenizerSource.of(tokenizer)
+    return ChatTokenizer(tokenizer).fingerprint()
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """Uncut token ids: D prompts and the two responses, which are the same under every prompt. `marked` says that a control token's
+    name stood in the text and was encoded as ordinary characters."""
+
+    prompts: tuple[np.ndarray, ...]
+    chosen: np.ndarray
+    rejected: np.ndarray
+    marked: bool
+
+
+class ChatTokenizer:
+    """Encodes conversations. `end_of_turn_id` closes each response; `header` are the ids that end every prompt (close of the user's
+    turn, opening of the assistant's).
+
+    Raises DataError at once where the template can't be used: it doesn't continue its own generation prompt, or closes the
+    assistant's turn without a token of its own.
+    """
+
+    def __init__(self, source: TokenizerSource) -> None:
+        self.source = source
+        self._backend = Tokenizer.from_str(source.backend)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._template = ChatTemplate(source.template, dict(source.special_tokens))
+        added = json.loads(source.backend).get("added_tokens") or []
+        self._added = {token["content"]: int(token["id"]) for token in added}
+        self._special = [token["content"] for token in added if token["special"]]
+        self._anchor = ""
+        self._probe()
+        self._finder = re.compile("|".join(re.escape(text) for text in sorted(self._special, key=len, reverse=True)))
+        self._backend.encode_special_tokens = True
+        self._as_text = dict(zip(self._special, self._encode(self._special, inner=True), strict=True))
+        self._backend.encode_special_tokens = False
+
+    def fingerprint(self) -> TokenizerFingerprint:
+        """Identity of this tokenizer: hashes of vocabulary (ids and texts) and template."""
+        vocab = sorted((index, text) for text, index in self._backend.get_vocab(with_added_tokens=True).items())
+        return TokenizerFingerprint(
+            vocab_sha256=hashlib.sha256(json.dumps(vocab).encode()).hexdigest(),
+            template_sha256=hashlib.sha256(self.source.template.encode()).hexdigest(),
+            vocab_size=vocab[-1][0] + 1,
+            end_of_turn_id=self.end_of_turn_id,
+            pad_id=self.source.pad_id,
+            name=self.source.name,
+        )
+
+    def encode(self, prompts: Sequence[Messages], chosen: str, rejected: str) -> EncodedRecord:
+        """Encode D conversations (each ends with the user's turn) and two responses. Raises RecordProblem."""
+        conversations = [[{"role": m["role"], "content": self._mark(m["content"])} for m in prompt] for prompt in prompts]
+        responses = [self._mark(chosen), self._mark(rejected)]
+        try:
+            texts = [self._template.render(prompt, generation_prompt=True) for prompt in conversations]
+            spans = [self._response_text(conversations[0], texts[0], response) for response in responses]
+        except TemplateRefusal as error:
+            raise RecordProblem("template_refused", str(error)) from error
+        marked = any(_MARK in text for text in (*texts, *spans))
+        ids = self._encode_marked(texts, spans) if marked else self._encode(texts) + self._encode(spans, inner=True)
+        if any(span[-1] != self.end_of_turn_id for span in ids[-2:]):
+            raise RecordProblem("template_refused", "the response doesn't end in the end-of-turn token")
+        return EncodedRecord(tuple(ids[:-2]), ids[-2], ids[-1], marked)
+
+    def _response_text(self, conversation: Messages, prompt: str, response: str) -> str:
+        full = self._template.render([*conversation, {"role": "assistant", "content": response}], generation_prompt=False)
+        if not (full.startswith(prompt) and full.endswith(self._closing + self._after_closing)):
+            raise RecordProblem("template_refused", "the rendered response doesn't continue the rendered prompt")
+        return full[len(prompt) : len(full) - len(self._after_closing)]
+
+    def _mark(self, text: str) -> str:
+        """Replace control tokens' names by marks, so that no text can open or close a turn."""
+        if _MARK in text:
+            raise RecordProblem("special_token_text", "contains the noncharacter U+FDD0")
+        if not self._special:
+            return text
+        return self._finder.sub(lambda match: f"{_MARK}{self._special.index(match[0])}{_MARK}", text)
+
+    def _encode_marked(self, texts: Sequence[str], spans: Sequence[str]) -> list[np.ndarray]:
+        result = []
+        for number, text in enumerate((*texts, *spans)):
+            plain = _MARKED.split(text)[::2]
+            names = [self._special[int(index)] for index in _MARKED.findall(text)]
+            pieces = [*self._encode(plain[:1], inner=number >= len(texts)), *self._encode(plain[1:], inner=True)]
+            for name in names:
+                if np.isin(self._as_text[name], list(self._added.values())).any():
+                    raise RecordProblem("special_token_text", f"contains {name!r}")
+            between = [self._as_text[name] for name in names]
+            ordered = [pieces[0]]
+            for name_ids, piece in zip(between, pieces[1:], strict=True):
+                ordered += [name_ids, piece]
+            result.append(np.concatenate(ordered))
+        return result
+
+    def _encode(self, texts: Sequence[str], inner: bool = False) -> list[np.ndarray]:
+        """Encode texts; `inner` ones continue a sequence, so what a tokenizer puts in front of a first word must not appear."""
+        anchor = self._anchor if inner else ""
+        encodings = self._backend.encode_batch_fast([anchor + text for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids[bool(anchor) :], dtype=np.int32) for encoding in encodings]
+
+    def _probe(self) -> None:
+        """Learn how the template closes a turn and how the tokenizer continues a text, from conversations of our own."""
+        where = f"--tokenizer {self.source.name}"
+        question, answer, _ = _PROBES
+        try:
+            prompt = self._template.render([{"role": "user", "content": question}], generation_prompt=True)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            full = self._template.render(turns, generation_prompt=False)
+        except TemplateRefusal as error:
+            raise DataError(f"{where}: its chat template fails on a plain question and answer ({error})") from error
+        if not full.startswith(prompt) or answer not in full[len(prompt) :] or question not in prompt:
+            raise DataError(
+                f"{where}: its chat template doesn't continue its own generation prompt, so where a response starts is undefined"
+            )
+        ending = full[full.rindex(answer) + len(answer) :]
+        places = [(ending.index(text), -len(text), text) for text in self._added if text in ending]
+        if not places:
+            raise DataError(f"{where}: its chat template closes the assistant's turn without a token of its own")
+        start, _, token = min(places)
+        self.end_of_turn_id = self._added[token]
+        self._closing = ending[: start + len(token)]
+        self._after_closing = ending[start + len(token) :]
+        self._anchor = self._find_anchor(prompt, token)
+        self.header = self._encode([prompt[prompt.rindex(question) + len(question) :]], inner=True)[0]
+
+    def _find_anchor(self, prompt: str, token: str) -> str:
+        """The text to put in front of a continuation so that encoding it alone equals encoding it in place: none for byte-level
+        tokenizers, a control token for those that put a space before a first word."""
+        answers = [answer + token for answer in _PROBES]
+        whole = self._encode([prompt + answer for answer in answers])
+        start = self._encode([prompt])[0]
+        for self._anchor in ("", token):
+            parts = self._encode(answers, inner=True)
+            if all(np.array_equal(np.concatenate([start, part]), full) for part, full in zip(parts, whole, strict=True)):
+                return self._anchor
+        raise DataError(f"--tokenizer {self.source.name}: joins a response's first characters with the prompt's last; not supported")
