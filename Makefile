@@ -1,0 +1,49 @@
+# The commands of this repository. Each sets up .venv first; once that is done, this takes a fraction of a second.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint format typecheck clean
+
+PYTHON_IN_VENV := .venv/bin/python
+# Ranks and threads would fight for the cores: one thread per rank.
+export OMP_NUM_THREADS ?= 1
+# pytest's arguments: make test ARGS="-k noise"
+ARGS ?=
+# Ranks of the demo: tp2, pp2, dp2 …
+LAYOUT ?= tp2
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /|/' | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@echo "Variables of set-up (PYTHON, AMOPO_TORCH_INDEX, …) are explained in tools/setup_environment/__main__.py and README.md."
+
+# Any Python 3.9+ that really runs may make .venv: version managers put stand-ins on PATH that fail.
+setup: ## make .venv with everything needed (skipped when it is there)
+	@for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9 python /usr/bin/python3 \
+	    "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.*/bin/python3; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1; then \
+	    exec "$$python" -m tools.setup_environment; \
+	  fi; \
+	done; \
+	echo "error: no Python 3.9 or newer runs here; install python3 with your system's package manager" >&2; exit 2
+
+demo: setup ## align a tiny model on three dimensions, end to end, on the CPU (LAYOUT=tp2|pp2|dp2)
+	@PATH="$$PWD/.venv/bin:$$PATH" LAYOUT="$(LAYOUT)" bash examples/quickstart.sh
+
+test: setup ## run the whole test suite
+	@$(PYTHON_IN_VENV) -m pytest --durations=15 $(ARGS)
+
+test-fast: setup ## run the tests that are not marked slow
+	@$(PYTHON_IN_VENV) -m pytest --durations=15 -m "not slow" $(ARGS)
+
+lint: setup ## ruff: rules and format
+	@$(PYTHON_IN_VENV) -m ruff check .
+	@$(PYTHON_IN_VENV) -m ruff format --check .
+
+format: setup ## ruff: mend what can be mended, and format
+	@$(PYTHON_IN_VENV) -m ruff check --fix .
+	@$(PYTHON_IN_VENV) -m ruff format .
+
+typecheck: setup ## mypy
+	@$(PYTHON_IN_VENV) -m mypy
+
+clean: ## remove .venv, runs and caches
+	rm -rf .venv .venv-tools runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
