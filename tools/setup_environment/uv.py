@@ -1,7 +1,7 @@
 """uv, the installer: found or fetched, and told where packages come from.
 
 uv does not read pip's configuration, yet someone whose company has a mirror has usually told pip about it, and only
-pip: its settings are handed on where uv has none of its own. No index address is ever printed, as it may hold a password.
+pip: its settings are handed on where uv has none of its own. No index address is ever printed: it may hold a password.
 """
 
 from __future__ import annotations
