@@ -1,21 +1,23 @@
 """What a model's parameters are called on both sides, and how their rows correspond: the only file that knows a family.
 
-Takes the fields of a Hugging Face `config.json`; gives the Megatron arguments of the same shape (`megatron_arguments`), and the
-table of parameters (`parameter_table`) by which the converter reads and writes. Nothing here touches a file or a device.
+Takes the fields of a Hugging Face `config.json`; gives the Megatron arguments of the same shape (`megatron_arguments`),
+and the table of parameters (`parameter_table`) by which the converter reads and writes. Nothing here touches a file or
+a device.
 
-One rule covers every parameter of a decoder. A Megatron tensor is made of one or several Hugging Face tensors, its *pieces*. All
-are cut along their rows into the same number of *blocks*; Megatron's rows are block 0 of every piece, then block 1 of every
-piece, and so on:
+One rule covers every parameter of a decoder. A Megatron tensor is made of one or several Hugging Face tensors, its
+*pieces*. All are cut along their rows into the same number of *blocks*; Megatron's rows are block 0 of every piece,
+then block 1 of every piece, and so on:
 
     linear_qkv  = q, k, v     blocks = query groups: [q heads of group 0, k 0, v 0, q heads of group 1, k 1, v 1, ...]
     linear_fc1  = gate, up    blocks = 1:            [gate, up]
     all others  = themselves  blocks = 1
 
-Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, H, F], as Megatron's `torch_dist` checkpoints hold it, and the
-norms in front of linear_qkv and linear_fc1 carry the names that Transformer Engine's fused layers give them, whichever layer
-specification runs.
+Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, H, F], as Megatron's `torch_dist` checkpoints hold it,
+and the norms in front of linear_qkv and linear_fc1 carry the names that Transformer Engine's fused layers give them,
+whichever layer specification runs.
 
-To add a family: an entry in FAMILIES, made of parameters, of the Megatron arguments that it fixes, and of a check of its own.
+To add a family: an entry in FAMILIES, made of parameters, of the Megatron arguments that it fixes, and of a check of
+its own.
 """
 
 from __future__ import annotations
@@ -61,6 +63,8 @@ class Parameter:
     pieces: tuple[tuple[str, tuple[int, ...]], ...]
     """Hugging Face name (with `{layer}` where stacked) and shape, in Megatron's order."""
     blocks: int
+    padded: bool
+    """Whether Megatron may have appended rows: those of the vocabulary, up to a multiple of 128 x TP."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,6 +75,11 @@ class Parameter:
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in the Megatron checkpoint: with the layers in front where stacked."""
         return self.shape if self.layers is None else (self.layers, *self.shape)
+
+    @property
+    def layer_numbers(self) -> Sequence[int | None]:
+        """What `hf_names` is asked with: every layer, or only None for a parameter that exists once."""
+        return (None,) if self.layers is None else range(self.layers)
 
     def hf_names(self, layer: int | None) -> tuple[str, ...]:
         """Names of the pieces in `layer` (None for a parameter that exists once)."""
@@ -103,6 +112,20 @@ class Family:
     """Raises CheckpointError for a config value that only this family has and that isn't supported."""
 
 
+# The modules of a decoder layer in the order in which transformers defines them: its state dictionaries, and so the
+# shards of # the folders that it saves, follow it.
+_HF_LAYER_ORDER = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "input_layernorm",
+    "post_attention_layernorm",
+)
+
 _EMBEDDING = Rule("embedding.word_embeddings.weight", (Piece("model.embed_tokens.weight", "vocab"),), "hidden")
 _OUTPUT = Rule("output_layer.weight", (Piece("lm_head.weight", "vocab"),), "hidden", untied_only=True)
 _FINAL_NORM = Rule("decoder.final_layernorm.weight", (Piece("model.norm.weight", "hidden"),))
@@ -111,7 +134,9 @@ _QKV_PIECES = (("q", "query"), ("k", "key"), ("v", "key"))
 
 def _qkv(what: str, columns: str | None) -> Rule:
     """linear_qkv's weight or bias: each query group's query heads, then its key head, then its value head."""
-    pieces = tuple(Piece(f"model.layers.{{layer}}.self_attn.{letter}_proj.{what}", rows) for letter, rows in _QKV_PIECES)
+    pieces = tuple(
+        Piece(f"model.layers.{{layer}}.self_attn.{letter}_proj.{what}", rows) for letter, rows in _QKV_PIECES
+    )
     return Rule(f"decoder.layers.self_attention.linear_qkv.{what}", pieces, columns, blocks="groups")
 
 
@@ -166,11 +191,13 @@ def megatron_arguments(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         hf_config: the fields of config.json, as transformers 4 or 5 writes it.
 
     Returns:
-        Attribute names of Megatron's argument namespace (`layernorm_epsilon` is what `--norm-epsilon` sets) and their values.
-        `vocab_size` is the number of rows of the embedding, before Megatron's padding. Set them before the arguments are validated.
+        Attribute names of Megatron's argument namespace (`layernorm_epsilon` is what `--norm-epsilon` sets) and their
+        values. `vocab_size` is the number of rows of the embedding, before Megatron's padding. Set them before the
+        arguments are validated.
 
     Raises:
-        CheckpointError: a field is missing, contradicts another, or says something that isn't supported; the message names it.
+        CheckpointError: a field is missing, contradicts another, or says something that isn't supported; the message
+            names it.
     """
     family = family_of(hf_config)
     _check_decoder(hf_config)
@@ -208,9 +235,35 @@ def parameter_table(hf_config: Mapping[str, Any]) -> tuple[Parameter, ...]:
                 layers=arguments["num_layers"] if "{layer}" in rule.pieces[0].name else None,
                 pieces=tuple((piece.name, (sizes[piece.rows], *columns)) for piece in rule.pieces),
                 blocks=sizes[rule.blocks],
+                padded=rule.pieces[0].rows == "vocab",
             )
         )
     return tuple(parameters)
+
+
+def hf_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the model and its shape, in the order of transformers' state dictionary."""
+    shapes = {
+        name: shape
+        for parameter in table
+        for layer in parameter.layer_numbers
+        for name, (_, shape) in zip(parameter.hf_names(layer), parameter.pieces, strict=True)
+    }
+    layers = max(parameter.layers or 0 for parameter in table)
+    modules = [f"model.layers.{layer}.{module}" for layer in range(layers) for module in _HF_LAYER_ORDER]
+    names = [
+        f"{module}.{kind}"
+        for module in ("model.embed_tokens", *modules, "model.norm", "lm_head")
+        for kind in ("weight", "bias")
+    ]
+    ordered = {name: shapes[name] for name in names if name in shapes}
+    assert len(ordered) == len(shapes), f"_HF_LAYER_ORDER lacks {sorted(set(shapes) - set(ordered))[0]}"
+    return ordered
+
+
+def tied_copies(hf_config: Mapping[str, Any]) -> dict[str, str]:
+    """Tensors that a folder may hold although the model ties them to another: name -> the tensor that must equal it."""
+    return {_OUTPUT.pieces[0].name: _EMBEDDING.pieces[0].name} if hf_config.get("tie_word_embeddings", False) else {}
 
 
 def _dimensions(arguments: Mapping[str, Any]) -> dict[str, int]:
@@ -234,7 +287,9 @@ def _decoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     heads = _whole_number(config, "num_attention_heads")
     groups = _whole_number(config, "num_key_value_heads", default=heads)
     if heads % groups:
-        raise CheckpointError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+        raise CheckpointError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+        )
     if config.get("head_dim") is None and hidden % heads:
         raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     return {
@@ -273,7 +328,9 @@ def _check_decoder(config: Mapping[str, Any]) -> None:
         raise CheckpointError("config.json: quantization_config: quantized weights are not supported")
     other_layers = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
     if other_layers:
-        raise CheckpointError(f"config.json: layer_types has {', '.join(other_layers)}: only full_attention is supported")
+        raise CheckpointError(
+            f"config.json: layer_types has {', '.join(other_layers)}: only full_attention is supported"
+        )
     # transformers 4 writes rope_scaling; 5 writes rope_parameters, which hold the base, too.
     for field in ("rope_scaling", "rope_parameters"):
         rope = config.get(field) or {}
