@@ -116,7 +116,8 @@ def choose_python(env: Mapping[str, str], uv: str | None, venv: Path, fetched: P
         return python
     advice = (
         "  Install Python 3.12 (a package python3.12, `pyenv install 3.12`, `conda create -n py312 python=3.12`),\n"
-        "  then: make setup PYTHON=/path/to/python3.12\n" + NETWORK_HINT
+        "  then: make setup PYTHON=/path/to/python3.12. A mirror for uv's Pythons: UV_PYTHON_INSTALL_MIRROR.\n"
+        + NETWORK_HINT
     )
     nowhere = "there is no Python 3.12 or 3.13 on PATH, in pyenv, conda, asdf, mise or uv"
     if uv is None:
@@ -186,10 +187,14 @@ def set_up(env: Mapping[str, str], root: Path = ROOT) -> None:
         system = find_system_torch(env, venv)
         remove_old(venv, building)
         building.touch()
-        if system is not None:
-            install_beside(*system, venv, extras, env)
-        else:
-            install_fresh(env, venv, tools, extras)
+        try:
+            if system is not None:
+                install_beside(*system, venv, extras, env)
+            else:
+                install_fresh(env, venv, tools, extras)
+        finally:
+            if not venv.exists():
+                building.unlink()  # a `.venv` that appears later is not ours
         _, packages = packages_of(venv / "bin/python")
         names = ("torch", "megatron-core", "transformers", "datasets", "transformer-engine")
         versions = ", ".join(f"{name} {packages[name]}" for name in names if name in packages)
