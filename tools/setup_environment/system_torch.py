@@ -101,14 +101,16 @@ def install_beside(python: Python, torch: Torch, venv: Path, extras: str, env: M
 
 
 def check_untouched(torch: Torch, pinned: Iterable[str], venv: Path) -> None:
-    """SetupError unless `.venv` imports that very torch and itself holds nothing that is tied to it."""
+    """SetupError unless `.venv` imports that very torch and itself holds nothing tied to it; says what it holds."""
     now = import_torch(venv / "bin/python")
     if now != torch:
         raise SetupError(f".venv imports {now}, not the torch {torch.version} of {torch.file}")
-    held = [normalised(entry.name.split("-")[0]) for entry in _package_folder(venv).glob("*.dist-info")]
+    entries = [entry.name[: -len(".dist-info")] for entry in sorted(_package_folder(venv).glob("*.dist-info"))]
+    held = {normalised(name): version for name, _, version in (entry.partition("-") for entry in entries)}
     replaced = [name for name in tied_to_torch(held) if name in pinned or name != "numpy"]
     if replaced:
         raise SetupError(f".venv holds what belongs to the image's torch: {', '.join(replaced)}")
+    say("added: " + ", ".join(f"{name} {version}" for name, version in held.items()))
 
 
 def _package_folder(venv: Path) -> Path:
