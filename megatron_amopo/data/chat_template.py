@@ -1,8 +1,9 @@
 """Rendering a tokenizer's chat template without transformers, so that worker processes stay small and start fast.
 
 Takes the template's Jinja text and the tokenizer's special tokens; gives the conversation as one string, as
-`tokenizer.apply_chat_template(…, tokenize=False)` does (a test compares the two). One thing differs on purpose: `strftime_now` is not
-defined, because data prepared on two days must be equal; templates that use it fall back to their fixed date or are refused.
+`tokenizer.apply_chat_template(…, tokenize=False)` does (a test compares the two). One thing differs on purpose:
+`strftime_now` is not defined, because data prepared on two days must be equal; templates that use it fall back to
+their fixed date or are refused.
 """
 
 import json
@@ -40,7 +41,9 @@ class ChatTemplate:
             raise DataError(f"--tokenizer: its chat template is not valid Jinja ({error})") from error
 
     def render(self, messages: Messages, *, generation_prompt: bool) -> str:
-        """The conversation as text; with `generation_prompt` it ends where the assistant starts to write. Raises TemplateRefusal."""
+        """The conversation as text; with `generation_prompt` it ends where the assistant starts to write. Raises
+        TemplateRefusal.
+        """
         try:
             return self._template.render(
                 messages=messages,
@@ -54,7 +57,9 @@ class ChatTemplate:
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's part for transformers; its body renders as it stands."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's part for transformers; its body renders as it
+    stands.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 

@@ -1,7 +1,9 @@
-"""Reading prepared data: memory-mapped groups by index, with all lengths at hand so that batches can be planned without reading tokens.
+"""Reading prepared data: memory-mapped groups by index, with all lengths at hand so that batches can be planned
+without reading tokens.
 
-Takes a folder of `tools/prepare_preferences.py`; gives `TokenizedGroup`s in the order they were prepared, restricted to the dimensions
-asked for. Opening maps the shards and copies only lengths and record ids (4 bytes x 3 x D and 8 bytes per record).
+Takes a folder of `tools/prepare_preferences.py`; gives `TokenizedGroup`s in the order they were prepared, restricted
+to the dimensions asked for. Opening maps the shards and copies only lengths and record ids (4 bytes x 3 x D and 8
+bytes per record).
 """
 
 from collections.abc import Sequence
@@ -20,11 +22,13 @@ from megatron_amopo.errors import DataError
 class PreparedGroups:
     """The groups of one split. Build it with `open`.
 
-    `dimensions` are the names kept, in their order; `lengths` is int32 [N, D, 3] (prompt, chosen, rejected tokens) for those
-    dimensions; `record_ids` is int64 [N].
+    `dimensions` are the names kept, in their order; `lengths` is int32 [N, D, 3] (prompt, chosen, rejected tokens)
+    for those dimensions; `record_ids` is int64 [N].
     """
 
-    def __init__(self, folder: Path, split: str, manifest: Manifest, dimensions: tuple[str, ...], table: pa.Table) -> None:
+    def __init__(
+        self, folder: Path, split: str, manifest: Manifest, dimensions: tuple[str, ...], table: pa.Table
+    ) -> None:
         self.folder = folder
         self.split = split
         self.manifest = manifest
@@ -34,7 +38,9 @@ class PreparedGroups:
         self._starts = np.cumsum([0] + [batch.rows for batch in self._batches])
         width = len(manifest.dimensions)
         lengths = [batch.lengths.reshape(batch.rows, width, 3) for batch in self._batches]
-        self.lengths = np.concatenate(lengths)[:, self._kept] if lengths else np.empty((0, len(dimensions), 3), np.int32)
+        self.lengths = (
+            np.concatenate(lengths)[:, self._kept] if lengths else np.empty((0, len(dimensions), 3), np.int32)
+        )
         self.record_ids = table["record_id"].to_numpy()
 
     @classmethod
@@ -43,8 +49,8 @@ class PreparedGroups:
     ) -> "PreparedGroups":
         """Map `folder/split`.
 
-        `dimensions` names the ones to keep, in the order given, 'general' included as a name; None keeps all. Raises DataError naming
-        the folder, manifest, split, dimension or shard that is missing or doesn't fit.
+        `dimensions` names the ones to keep, in the order given, 'general' included as a name; None keeps all. Raises
+        DataError naming the folder, manifest, split, dimension or shard that is missing or doesn't fit.
         """
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -83,7 +89,9 @@ class PreparedGroups:
         return batch.columns["source"][row].as_py()
 
     def scores(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The chosen and the rejected response's scores on the prompts' scale, float32 [K], in the manifest's order without 'general'."""
+        """The chosen and the rejected response's scores on the prompts' scale, float32 [K], in the manifest's order
+        without 'general'.
+        """
         batch, row = self._locate(index)
         return batch.floats("chosen_scores", row), batch.floats("rejected_scores", row)
 

@@ -15,8 +15,8 @@ GENERAL = "general"
 class TokenizedGroup:
     """One record under its D prompts: D pairs of sequences `prompts[d] + chosen[d]` and `prompts[d] + rejected[d]`.
 
-    All arrays are one-dimensional int32. Index 0 is the general prompt. Prompts and responses are never empty; a response ends in the
-    end-of-turn token unless it was cut to the length limit.
+    All arrays are one-dimensional int32. Index 0 is the general prompt. Prompts and responses are never empty; a
+    response ends in the end-of-turn token unless it was cut to the length limit.
     """
 
     record_id: int
@@ -34,8 +34,8 @@ class TokenizedGroup:
 class TokenizerFingerprint:
     """What two tokenizers must share for token ids and chat turns to mean the same to a model.
 
-    `vocab_size` is the highest token id + 1, which may be less than the rows of a model's embedding. `name` is for messages only and
-    takes no part in `same_tokens`.
+    `vocab_size` is the highest token id + 1, which may be less than the rows of a model's embedding. `name` is for
+    messages only and takes no part in `same_tokens`.
     """
 
     vocab_sha256: str
@@ -46,5 +46,7 @@ class TokenizerFingerprint:
     name: str
 
     def same_tokens(self, other: "TokenizerFingerprint") -> bool:
-        """True where both assign the same ids and close a turn with the same token. The template's wording may differ."""
+        """True where both assign the same ids and close a turn with the same token. The template's wording may
+        differ.
+        """
         return self.vocab_sha256 == other.vocab_sha256 and self.end_of_turn_id == other.end_of_turn_id

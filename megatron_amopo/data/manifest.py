@@ -18,11 +18,13 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that was decided when the folder was prepared. It holds no path and no time, so equal inputs give equal bytes.
+    """Everything that was decided when the folder was prepared. It holds no path and no time, so equal inputs give
+    equal bytes.
 
-    `dimensions` starts with 'general'; `scale` is (lowest, highest) score of the prompts; `cutoff_len` is the limit on prompt + response
-    in tokens, None for no limit; `records` counts groups per split; `length_percentiles` maps 'prompt', 'response', 'sequence' and
-    'group' to {percentile: tokens}; `data_sha256` covers record ids, tokens and scores and depends on nothing else.
+    `dimensions` starts with 'general'; `scale` is (lowest, highest) score of the prompts; `cutoff_len` is the limit
+    on prompt + response in tokens, None for no limit; `records` counts groups per split; `length_percentiles` maps
+    'prompt', 'response', 'sequence' and 'group' to {percentile: tokens}; `data_sha256` covers record ids, tokens and
+    scores and depends on nothing else.
     """
 
     dimensions: tuple[str, ...]
@@ -38,19 +40,27 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def save(self, folder: str | Path) -> None:
-        """Write `folder/manifest.json`. The folder is still private to its writer, so this needs no renaming of its own."""
+        """Write `folder/manifest.json`. The folder is still private to its writer, so this needs no renaming of its
+        own.
+        """
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False, sort_keys=True)
         (Path(folder) / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
-        """Read `folder/manifest.json`. Raises DataError naming the folder where that is missing, unreadable or from a later version."""
+        """Read `folder/manifest.json`. Raises DataError naming the folder where that is missing, unreadable or from a
+        later version.
+        """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         if not folder.is_dir():
-            raise DataError(f"no prepared data at {folder}: there is no such folder. Make one with tools/prepare_preferences.py")
+            raise DataError(
+                f"no prepared data at {folder}: there is no such folder. Make one with tools/prepare_preferences.py"
+            )
         if not path.is_file():
-            raise DataError(f"{folder} has no {MANIFEST_NAME}: not a folder of tools/prepare_preferences.py, or never finished")
+            raise DataError(
+                f"{folder} has no {MANIFEST_NAME}: not a folder of tools/prepare_preferences.py, or never finished"
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["format_version"]
@@ -59,8 +69,8 @@ class Manifest:
         if version != FORMAT_VERSION:
             how = "a later" if isinstance(version, int) and version > FORMAT_VERSION else "another"
             raise DataError(
-                f"{path} was written by {how} version of megatron-amopo (format {version}, this one reads {FORMAT_VERSION}); "
-                "update megatron-amopo or prepare the data again"
+                f"{path} was written by {how} version of megatron-amopo (format {version}, this one reads "
+                f"{FORMAT_VERSION}); update megatron-amopo or prepare the data again"
             )
         try:
             return _from_json(content)

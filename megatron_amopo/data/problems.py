@@ -1,9 +1,11 @@
 """What can be wrong with a record: every reason by name, with the sentence that the report prints.
 
-Code that meets a bad record raises `RecordProblem(reason, detail)`; the pipeline counts it and goes on, or stops under `--strict`.
+Code that meets a bad record raises `RecordProblem(reason, detail)`; the pipeline counts it and goes on, or stops
+under `--strict`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 #: Reasons for dropping a record that is at fault: `--strict` stops at these.
 FAULTS = {
@@ -13,7 +15,7 @@ FAULTS = {
     "unpaired_surrogate": "text with half of a surrogate pair, which no encoding can hold",
     "wrong_format": "lacks the fields of the file's format (see --format)",
     "missing_prompt": "no prompt, or a blank one",
-    "bad_messages": "a conversation that doesn't alternate between known roles and end with the user",
+    "bad_messages": "a conversation with an unknown role or a late system turn, or that doesn't end with the user",
     "not_text": "a prompt or response that is not a string",
     "empty_response": "a missing or blank response",
     "identical_responses": "chosen and rejected are the same text",
@@ -54,8 +56,11 @@ class RecordProblem(Exception):
 
 @dataclass(frozen=True)
 class Issue:
-    """One line of the report: what happened to the record at `source`."""
+    """One line of the report: what happened at `source`, to a whole record ('dropped', 'repaired') or to one of
+    several responses.
+    """
 
+    kind: Literal["dropped", "response", "repaired"]
     reason: str
     source: str
     detail: str

@@ -1,10 +1,11 @@
 """Arrow shards: the bytes on disk of a prepared folder, written in one pass and read memory-mapped.
 
-A shard is a plain Arrow IPC stream, so `datasets.Dataset.from_file(shard)` opens it, and neither side has to import `datasets` (which
-takes seconds and wants a cache folder). Offsets are int32, so one record batch holds less than 2^31 tokens.
+A shard is a plain Arrow IPC stream, so `datasets.Dataset.from_file(shard)` opens it, and neither side has to import
+`datasets` (which takes seconds and wants a cache folder). Offsets are int32, so one record batch holds less than 2^31
+tokens.
 
-The writer works in `DIR.partial-<pid>` beside the target and renames it when the manifest is in place: an interrupted run leaves
-nothing that opens.
+The writer works in `DIR.partial-<pid>` beside the target and renames it when the manifest is in place: an interrupted
+run leaves nothing that opens.
 """
 
 import hashlib
@@ -55,7 +56,9 @@ def groups_to_batch(
 
 
 def group_digest(group: TokenizedGroup, chosen_scores: np.ndarray, rejected_scores: np.ndarray) -> bytes:
-    """SHA-256 of a group's tokens and scores, in a byte order and layout of its own so that it doesn't depend on Arrow."""
+    """SHA-256 of a group's tokens and scores, in a byte order and layout of its own so that it doesn't depend on
+    Arrow.
+    """
     digest = hashlib.sha256(group.lengths().astype("<i4").tobytes())
     for side in (group.prompts, group.chosen, group.rejected):
         for tokens in side:
@@ -89,7 +92,8 @@ def _offsets(counts: Sequence[int]) -> np.ndarray:
 class FolderWriter:
     """Writes one prepared folder. A context manager: leaving it without `finish` removes what was written.
 
-    Raises DataError naming `--output` where the folder exists (and `force` is off), isn't ours to replace, or can't be written.
+    Raises DataError naming `--output` where the folder exists (and `force` is off), isn't ours to replace, or can't
+    be written.
     """
 
     def __init__(self, folder: str | Path, force: bool = False) -> None:
@@ -111,7 +115,11 @@ class FolderWriter:
         if self.folder.is_dir():
             ours = (self.folder / MANIFEST_NAME).is_file()
             if any(self.folder.iterdir()) and not (ours and force):
-                how = "pass --force to replace it" if ours else "it isn't prepared data, so it won't be replaced; name another"
+                how = (
+                    "pass --force to replace it"
+                    if ours
+                    else "it isn't prepared data, so it won't be replaced; name another"
+                )
                 raise DataError(f"--output {self.folder}: the folder exists and is not empty; {how}")
         elif self.folder.exists() or self.folder.is_symlink():
             raise DataError(f"--output {self.folder}: exists and is not a folder")
@@ -166,7 +174,9 @@ class FolderWriter:
     def __enter__(self) -> "FolderWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._finished:
             try:
                 self._close()
@@ -189,7 +199,11 @@ def open_split(folder: Path, split: str) -> pa.Table:
 
 
 def write_groups(
-    folder: str | Path, splits: dict[str, Sequence[TokenizedGroup]], manifest: Manifest, scores: float = 3.0, force: bool = False
+    folder: str | Path,
+    splits: dict[str, Sequence[TokenizedGroup]],
+    manifest: Manifest,
+    scores: float = 3.0,
+    force: bool = False,
 ) -> Manifest:
     """Write groups that are in memory already, for tests and generated data; every score is `scores`.
 

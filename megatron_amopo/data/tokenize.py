@@ -1,11 +1,13 @@
 """From conversations to token ids: the tokenizer's own chat template, exact response spans, and the length limit.
 
-Takes the D conversations of a record and its two responses; gives int32 arrays. The prompt is the template's rendering up to the
-point where the assistant writes; the response is what the template renders after that, up to and including the end-of-turn token.
-Prompt and response are encoded separately: these are the tokens a model sees when it generates, and both responses share their prompt
-exactly. A beginning-of-sequence token comes from the template or not at all.
+Takes the D conversations of a record and its two responses; gives int32 arrays. The prompt is the template's
+rendering up to the point where the assistant writes; the response is what the template renders after that, up to and
+including the end-of-turn token. Prompt and response are encoded separately: these are the tokens a model sees when it
+generates, and both responses share their prompt exactly. A beginning-of-sequence token comes from the template or not
+at all.
 
-`TokenizerSource` is what crosses to worker processes (text only); `ChatTokenizer` is built from it where the work is done.
+`TokenizerSource` is what crosses to worker processes (text only); `ChatTokenizer` is built from it where the work is
+done.
 """
 
 import hashlib
@@ -44,10 +46,14 @@ class TokenizerSource:
 
     @classmethod
     def load(cls, folder: str | Path) -> "TokenizerSource":
-        """Read a Hugging Face tokenizer folder. Raises DataError naming `--tokenizer` where it is missing or unsuitable."""
+        """Read a Hugging Face tokenizer folder. Raises DataError naming `--tokenizer` where it is missing or
+        unsuitable.
+        """
         folder = Path(folder)
         if not folder.is_dir():
-            raise DataError(f"--tokenizer {folder}: there is no such folder (a local Hugging Face tokenizer or model folder is expected)")
+            raise DataError(
+                f"--tokenizer {folder}: there is no such folder (name a local Hugging Face tokenizer or model folder)"
+            )
         from transformers import AutoTokenizer  # takes seconds: only here
 
         try:
@@ -69,7 +75,9 @@ class TokenizerSource:
             template = template.get("default")
         if not template:
             raise DataError(f"--tokenizer {name}: has no chat template; add chat_template.jinja to its folder")
-        special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if not isinstance(value, list)}
+        special = {
+            key: str(value) for key, value in tokenizer.special_tokens_map.items() if not isinstance(value, list)
+        }
         return cls(backend.to_str(), template, tuple(sorted(special.items())), tokenizer.pad_token_id, name)
 
 
@@ -84,8 +92,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
 
 @dataclass(frozen=True)
 class EncodedRecord:
-    """Uncut token ids: D prompts and the two responses, which are the same under every prompt. `marked` says that a control token's
-    name stood in the text and was encoded as ordinary characters."""
+    """Uncut token ids: D prompts and the two responses, which are the same under every prompt. `marked` says that a
+    control token's name stood in the text and was encoded as ordinary characters.
+    """
 
     prompts: tuple[np.ndarray, ...]
     chosen: np.ndarray
@@ -94,11 +103,11 @@ class EncodedRecord:
 
 
 class ChatTokenizer:
-    """Encodes conversations. `end_of_turn_id` closes each response; `header` are the ids that end every prompt (close of the user's
-    turn, opening of the assistant's).
+    """Encodes conversations. `end_of_turn_id` closes each response; `header` are the ids that end every prompt (close
+    of the user's turn, opening of the assistant's).
 
-    Raises DataError at once where the template can't be used: it doesn't continue its own generation prompt, or closes the
-    assistant's turn without a token of its own.
+    Raises DataError at once where the template can't be used: it doesn't continue its own generation prompt, or
+    closes the assistant's turn without a token of its own.
     """
 
     def __init__(self, source: TokenizerSource) -> None:
@@ -107,9 +116,9 @@ class ChatTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._template = ChatTemplate(source.template, dict(source.special_tokens))
-        added = json.loads(source.backend).get("added_tokens") or []
-        self._added = {token["content"]: int(token["id"]) for token in added}
-        self._special = [token["content"] for token in added if token["special"]]
+        added = self._backend.get_added_tokens_decoder()
+        self._added = {token.content: int(index) for index, token in added.items()}
+        self._special = [token.content for token in added.values() if token.special]
         self._anchor = ""
         self._probe()
         self._finder = re.compile("|".join(re.escape(text) for text in sorted(self._special, key=len, reverse=True)))
@@ -129,9 +138,24 @@ class ChatTokenizer:
             name=self.source.name,
         )
 
+    def refuses(self, conversation: Messages) -> str | None:
+        """What the template does wrong with a conversation: fails on it or leaves a turn's text out. None where it
+        does neither.
+        """
+        try:
+            text = self._template.render(conversation, generation_prompt=True)
+        except TemplateRefusal as error:
+            return f"fails on a prompt with the turns {', '.join(m['role'] for m in conversation)} ({error})"
+        for message in conversation:
+            if message["content"].strip() not in text:
+                return f"leaves out the {message['role']} turn"
+        return None
+
     def encode(self, prompts: Sequence[Messages], chosen: str, rejected: str) -> EncodedRecord:
         """Encode D conversations (each ends with the user's turn) and two responses. Raises RecordProblem."""
-        conversations = [[{"role": m["role"], "content": self._mark(m["content"])} for m in prompt] for prompt in prompts]
+        conversations = [
+            [{"role": m["role"], "content": self._mark(m["content"])} for m in prompt] for prompt in prompts
+        ]
         responses = [self._mark(chosen), self._mark(rejected)]
         try:
             texts = [self._template.render(prompt, generation_prompt=True) for prompt in conversations]
@@ -145,7 +169,9 @@ class ChatTokenizer:
         return EncodedRecord(tuple(ids[:-2]), ids[-2], ids[-1], marked)
 
     def _response_text(self, conversation: Messages, prompt: str, response: str) -> str:
-        full = self._template.render([*conversation, {"role": "assistant", "content": response}], generation_prompt=False)
+        full = self._template.render(
+            [*conversation, {"role": "assistant", "content": response}], generation_prompt=False
+        )
         if not (full.startswith(prompt) and full.endswith(self._closing + self._after_closing)):
             raise RecordProblem("template_refused", "the rendered response doesn't continue the rendered prompt")
         return full[len(prompt) : len(full) - len(self._after_closing)]
@@ -175,13 +201,17 @@ class ChatTokenizer:
         return result
 
     def _encode(self, texts: Sequence[str], inner: bool = False) -> list[np.ndarray]:
-        """Encode texts; `inner` ones continue a sequence, so what a tokenizer puts in front of a first word must not appear."""
+        """Encode texts; `inner` ones continue a sequence, so what a tokenizer puts in front of a first word must not
+        appear.
+        """
         anchor = self._anchor if inner else ""
         encodings = self._backend.encode_batch_fast([anchor + text for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids[bool(anchor) :], dtype=np.int32) for encoding in encodings]
 
     def _probe(self) -> None:
-        """Learn how the template closes a turn and how the tokenizer continues a text, from conversations of our own."""
+        """Learn how the template closes a turn and how the tokenizer continues a text, from conversations of our
+        own.
+        """
         where = f"--tokenizer {self.source.name}"
         question, answer, _ = _PROBES
         try:
@@ -192,7 +222,7 @@ class ChatTokenizer:
             raise DataError(f"{where}: its chat template fails on a plain question and answer ({error})") from error
         if not full.startswith(prompt) or answer not in full[len(prompt) :] or question not in prompt:
             raise DataError(
-                f"{where}: its chat template doesn't continue its own generation prompt, so where a response starts is undefined"
+                f"{where}: its chat template doesn't continue its own generation prompt, so no response can be told from it"
             )
         ending = full[full.rindex(answer) + len(answer) :]
         places = [(ending.index(text), -len(text), text) for text in self._added if text in ending]
@@ -206,13 +236,18 @@ class ChatTokenizer:
         self.header = self._encode([prompt[prompt.rindex(question) + len(question) :]], inner=True)[0]
 
     def _find_anchor(self, prompt: str, token: str) -> str:
-        """The text to put in front of a continuation so that encoding it alone equals encoding it in place: none for byte-level
-        tokenizers, a control token for those that put a space before a first word."""
+        """The text to put in front of a continuation so that encoding it alone equals encoding it in place: none for
+        byte-level tokenizers, a control token for those that put a space before a first word.
+        """
         answers = [answer + token for answer in _PROBES]
         whole = self._encode([prompt + answer for answer in answers])
         start = self._encode([prompt])[0]
         for self._anchor in ("", token):
             parts = self._encode(answers, inner=True)
-            if all(np.array_equal(np.concatenate([start, part]), full) for part, full in zip(parts, whole, strict=True)):
+            if all(
+                np.array_equal(np.concatenate([start, part]), full) for part, full in zip(parts, whole, strict=True)
+            ):
                 return self._anchor
-        raise DataError(f"--tokenizer {self.source.name}: joins a response's first characters with the prompt's last; not supported")
+        raise DataError(
+            f"--tokenizer {self.source.name}: joins a response's first characters with the prompt's last; not supported"
+        )
