@@ -198,7 +198,9 @@ class MicroBatches(Iterator[GroupBatch]):
             groups = [self._groups[int(i)] for i in indices]
             record_ids = torch.tensor([group.record_id for group in groups], dtype=torch.int64)
             # Drawn for all prepared dimensions, so that training on a subset draws the same noise for those it keeps.
-            noise = record_noise(self._noise_seed, record_ids, len(self._groups.manifest.dimensions), torch.from_numpy(epochs))
+            noise = record_noise(
+                self._noise_seed, record_ids, len(self._groups.manifest.dimensions), torch.from_numpy(epochs)
+            )
             return pack(
                 groups,
                 noise[:, self._dimension_indices],

@@ -1,0 +1,157 @@
+"""From a Megatron configuration to the model that gives response log-probabilities; the only file that knows ``GPTModel``.
+
+:func:`build_model` takes Megatron's ``TransformerConfig`` and a few sizes and gives a ``GPTModel`` whose layers attend over packed
+groups and whose rotary embedding takes explicit positions. :func:`forward_logps` is the one way to call it.
+
+``GPTModel`` announces a successor, ``HybridModel``; megatron-core 0.19's has neither an output processor nor explicit positions.
+"""
+
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_amopo.data.batching import GroupBatch
+from megatron_amopo.model.attention import PackedAttention, PackedRotaryEmbedding
+from megatron_amopo.model.logprobs import DEFAULT_CHUNK_ROWS, response_logps
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a model needs beside Megatron's ``TransformerConfig``."""
+
+    padded_vocab_size: int  # embedding rows over all tensor-parallel ranks, a multiple of their number
+    max_position_embeddings: int
+    rotary_base: float
+    tied_embeddings: bool
+
+
+def build_model(
+    config: TransformerConfig,
+    shape: ModelShape,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+) -> GPTModel:
+    """This rank's part of the model.
+
+    Args:
+        config: Megatron's configuration; ``transformer_impl`` chooses Transformer Engine or Megatron's own layers.
+        shape: the rest of the sizes.
+        pre_process, post_process: whether this pipeline stage holds the embedding and the output layer.
+        vp_stage: virtual pipeline stage.
+        pg_collection: process groups; None takes Megatron's global ones.
+    """
+    # Megatron hands explicit positions to the rotary embedding only of its multimodal kind. That embedding is replaced below; the
+    # section sizes are a formality.
+    config = copy(config)
+    config.mrope_section = [config.kv_channels // 2, 0, 0]
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(config, vp_stage, pg_collection),
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=shape.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        position_embedding_type="mrope",
+        rotary_base=shape.rotary_base,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+    model.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, shape.rotary_base)
+    return model
+
+
+def forward_logps(
+    model: torch.nn.Module, batch: GroupBatch, *, vocab_size: int, chunk_rows: int = DEFAULT_CHUNK_ROWS
+) -> Tensor:
+    """Log-probabilities ``[N]`` of the batch's response tokens, float32; on an earlier pipeline stage the hidden states to hand on.
+
+    Args:
+        model: of :func:`build_model`, possibly wrapped (data parallelism, mixed precision).
+        batch: on the model's device.
+        vocab_size: rows of the vocabulary without padding.
+        chunk_rows: see :func:`response_logps`.
+    """
+    return model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        packed_seq_params=batch.segments,
+        output_processor=partial(_response_head, vocab_size=vocab_size, chunk_rows=chunk_rows),
+        output_processor_context=batch,
+    )
+
+
+def _response_head(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    context: GroupBatch,
+    vocab_size: int,
+    chunk_rows: int,
+    **_: Any,
+) -> Tensor:
+    """GPTModel's output processor: select the rows that predict response tokens, then the fused log-probabilities."""
+    tp_group = output_layer.tp_group
+    if output_layer.sequence_parallel:
+        # response_logps gives every rank the complete gradient, so the way back only splits it.
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=tp_group
+        )
+    return response_logps(
+        hidden_states[:, 0].index_select(0, context.rows),
+        output_layer.weight if output_weight is None else output_weight,
+        context.targets,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        chunk_rows=chunk_rows,
+    )
+
+
+def _layer_spec(
+    config: TransformerConfig, vp_stage: int | None, pg_collection: ProcessGroupCollection | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Megatron's layers with our attention, and in the torch flavour our norm too."""
+    if config.transformer_impl == "transformer_engine":
+        submodules = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.qk_layernorm)
+        submodules.self_attention.submodules.core_attention = PackedAttention
+        return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+    submodules = get_gpt_layer_local_submodules(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    submodules.self_attention.submodules.core_attention = PackedAttention
+    submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        submodules.self_attention.submodules.q_layernorm = RMSNorm
+        submodules.self_attention.submodules.k_layernorm = RMSNorm
+    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    pp_rank = None if pg_collection is None else pg_collection.pp.rank()
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm that tells Megatron to sum its weight's gradient over sequence-parallel ranks; Megatron's own wrapper of it
+    refuses sequence parallelism instead."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel

@@ -1,0 +1,213 @@
+"""Our flags beside Megatron's: read once, checked before anything is built, turned into one frozen object.
+
+Takes the command line, the prepared data's manifest and the ``hf/`` folder beside the checkpoint; gives Megatron's validated argument
+namespace and a :class:`RunConfig`. The model's shape comes from ``config.json``: flags that contradict it are refused, as is
+everything that this project has not been shown to compute correctly.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.training.arguments import parse_args, validate_args
+
+from megatron_amopo import device
+from megatron_amopo.checkpoint.hf import read_config
+from megatron_amopo.checkpoint.mapping import megatron_arguments
+from megatron_amopo.data.dataset import PreparedGroups
+from megatron_amopo.data.manifest import Manifest
+from megatron_amopo.errors import ConfigError
+from megatron_amopo.model.builder import ModelShape
+from megatron_amopo.model.logprobs import DEFAULT_CHUNK_ROWS
+from megatron_amopo.objectives import PAIRWISE_LOSSES, WEIGHTINGS, pairwise_parameters
+from megatron_amopo.training.checks import check_before, check_data, check_shape, check_tokenizer
+
+#: Where this project departs from Megatron's own defaults, by the names of its argument namespace.
+DEFAULTS: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "calculate_per_token_loss": True,  # the "tokens" are groups: DESIGN §3.5
+    "dataloader_type": "external",
+    "rerun_mode": "disabled",  # its replay buffer would keep every micro-batch of a step
+    "dist_ckpt_optim_fully_reshardable": True,  # resume under another layout
+    "auto_detect_ckpt_format": True,
+    "eval_iters": None,  # a validation pass is the whole validation set
+    "eval_interval": None,
+    "save_interval": None,
+    "log_interval": 10,
+    "tokenizer_type": "NullTokenizer",
+    "no_load_rng": False,
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What our part of a run is told; everything else stays in Megatron's arguments."""
+
+    data: Path
+    dimensions: tuple[str, ...]
+    pairwise: str
+    beta: float | None
+    gamma: float | None
+    ftx_gamma: float
+    weighting: str
+    noise_seed: int
+    num_epochs: int | None  # None: as many as --train-iters take
+    num_samples: int | None  # records in all epochs
+    eval_at_start: bool
+    dump_logps: Path | None
+    head_chunk_rows: int
+    vocab_size: int  # without padding
+    shape: ModelShape
+    hf_folder: Path
+    data_sha256: str
+
+
+def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--amopo-…`` flags to Megatron's parser and set :data:`DEFAULTS`."""
+    group = parser.add_argument_group("AMoPO", "multi-objective preference optimisation (arXiv 2506.07165)")
+    add = group.add_argument
+    add("--amopo-data", type=Path, metavar="DIR", help="prepared data of tools/prepare_preferences.py (required)")
+    add("--amopo-dimensions", metavar="A,B,…", help="dimensions to train on, e.g. general,correctness (default: all)")
+    add("--amopo-pairwise", choices=list(PAIRWISE_LOSSES), default="simpo", help="loss of a pair (default: %(default)s)")
+    add("--amopo-beta", type=float, help="β of the pairwise loss (default: published, simpo 0.8, orpo 0.1)")
+    add("--amopo-gamma", type=float, help="γ, target margin of simpo (default: 2.0); other losses have none")
+    add("--amopo-ftx-gamma", type=float, default=0.0, help="γ_ftx, weight of the SFT term on the chosen response (default: 0)")
+    add("--amopo-weighting", choices=list(WEIGHTINGS), default="gaussian", help="weights over dimensions (default: %(default)s)")
+    add("--amopo-epochs", type=int, help="passes over the training records; instead of --train-iters or --train-samples")
+    add("--amopo-seed", type=int, help="of record order and weight noise (default: --seed)")
+    add("--amopo-eval-at-start", action="store_true", help="evaluate before the first step, too")
+    add("--amopo-dump-logps", type=Path, metavar="FILE", help="write each validation record's log-probabilities (JSON lines) at the end")
+    add("--amopo-head-chunk-rows", type=int, default=DEFAULT_CHUNK_ROWS, help="response tokens whose logits exist at a time (default: %(default)s)")
+    parser.set_defaults(**DEFAULTS, **({} if device.has_cuda() else device.CPU_ARGUMENTS))
+    return parser
+
+
+def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
+    """Megatron's validated arguments and our configuration.
+
+    Raises:
+        AmopoError: naming the flag, file or combination that can't be run.
+    """
+    parser_defaults: dict[str, Any] = {}
+
+    def extra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_amopo_arguments(parser)
+        parser_defaults.update({action.dest: parser.get_default(action.dest) for action in parser._actions})
+        return parser
+
+    args = parse_args(extra_arguments)
+    if args.amopo_data is None:
+        raise ConfigError("--amopo-data is missing: give the folder that tools/prepare_preferences.py wrote")
+    check_before(args)
+    hf_folder = _hf_folder(args)
+    shape = megatron_arguments(read_config(hf_folder))
+    _set_shape(args, shape, parser_defaults, hf_folder)
+    check_shape(args)
+    groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
+    check_tokenizer(groups.manifest, args.amopo_data, hf_folder, args.vocab_size)
+    check_data(groups, args.max_position_embeddings)
+
+    data_parallel_size = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    num_samples = _set_lengths(args, groups, data_parallel_size)
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        raise ConfigError(f"Megatron refuses these flags: {error}") from error
+    # After validation, which resets the first; the second is what the first asks of a configuration check.
+    args.variable_seq_lengths = True
+    args.moe_token_dispatcher_type = "alltoall"
+    config = RunConfig(
+        data=args.amopo_data,
+        dimensions=groups.dimensions,
+        pairwise=args.amopo_pairwise,
+        beta=args.amopo_beta,
+        gamma=args.amopo_gamma,
+        ftx_gamma=args.amopo_ftx_gamma,
+        weighting=args.amopo_weighting,
+        noise_seed=args.seed if args.amopo_seed is None else args.amopo_seed,
+        num_epochs=args.amopo_epochs,
+        num_samples=num_samples,
+        eval_at_start=args.amopo_eval_at_start,
+        dump_logps=args.amopo_dump_logps,
+        head_chunk_rows=args.amopo_head_chunk_rows,
+        vocab_size=args.vocab_size,
+        shape=ModelShape(
+            padded_vocab_size=args.padded_vocab_size,
+            max_position_embeddings=args.max_position_embeddings,
+            rotary_base=args.rotary_base,
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
+        ),
+        hf_folder=hf_folder,
+        data_sha256=groups.manifest.data_sha256,
+    )
+    pairwise_parameters(config.pairwise, beta=config.beta, gamma=config.gamma)
+    return args, config
+
+
+def _dimension_names(args: argparse.Namespace) -> list[str] | None:
+    if args.amopo_dimensions is None:
+        return None
+    return [name.strip() for name in args.amopo_dimensions.split(",") if name.strip()]
+
+
+def _hf_folder(args: argparse.Namespace) -> Path:
+    """The ``hf/`` folder of the checkpoint that the run continues or starts from."""
+    sources = [Path(folder) for folder in (args.load, args.pretrained_checkpoint) if folder is not None]
+    if not sources:
+        raise ConfigError(
+            "nothing to start from: give --pretrained-checkpoint DIR (made by tools/convert_checkpoint.py hf-to-megatron) or --load DIR"
+        )
+    for source in sources:
+        if (source / "hf" / "config.json").is_file():
+            return source / "hf"
+    flags = " or ".join(
+        f"{flag} {folder}" for flag, folder in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)) if folder
+    )
+    raise ConfigError(f"{flags} holds no hf/config.json: the model's shape is unknown. Make the checkpoint with tools/convert_checkpoint.py hf-to-megatron")
+
+
+def _set_shape(args: argparse.Namespace, shape: dict[str, Any], parser_defaults: dict[str, Any], hf_folder: Path) -> None:
+    """Fill in the model's shape; a flag that was given and says something else is refused."""
+    for name, value in shape.items():
+        given = getattr(args, name, None)
+        if given not in (None, parser_defaults.get(name), value):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {given} contradicts {hf_folder / 'config.json'}, which says {value}; leave the flag out")
+        setattr(args, name, value)
+    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+    args.padded_vocab_size = math.ceil(args.vocab_size / multiple) * multiple
+
+
+def _set_lengths(args: argparse.Namespace, groups: PreparedGroups, data_parallel_size: int) -> int | None:
+    """Fill in what follows from the data: sequence length, iterations from epochs, iterations of a validation pass."""
+    # Packed micro-batches have their own lengths; Megatron reads this one for its throughput estimate and checks.
+    args.seq_length = int((groups.lengths[..., 0] + groups.lengths[..., 1:].max(-1)).max())
+    args.global_batch_size = args.global_batch_size or args.micro_batch_size * data_parallel_size
+
+    num_samples = None
+    if args.amopo_epochs is not None:
+        for flag, value in (("--train-iters", args.train_iters), ("--train-samples", args.train_samples)):
+            if value is not None:
+                raise ConfigError(f"--amopo-epochs and {flag} both say how long to train; give one")
+        if args.amopo_epochs < 1:
+            raise ConfigError(f"--amopo-epochs is {args.amopo_epochs}; expected at least 1")
+        num_samples = args.amopo_epochs * len(groups)
+        args.train_iters = math.ceil(num_samples / args.global_batch_size)
+
+    eval_batch = args.eval_global_batch_size or args.global_batch_size
+    validation_records = groups.manifest.records.get("validation", 0)
+    args.eval_iters = math.ceil(validation_records / eval_batch)
+    never = (args.train_iters or 0) + 1
+    args.eval_interval = args.eval_interval or never
+    args.save_interval = args.save_interval or (never if args.save else None)
+    return num_samples
+
+
+def validation_groups(config: RunConfig) -> PreparedGroups | None:
+    """The validation records, None where the data was prepared without."""
+    if "validation" not in Manifest.load(config.data).records:
+        return None
+    return PreparedGroups.open(config.data, "validation", config.dimensions)

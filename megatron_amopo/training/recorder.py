@@ -1,0 +1,131 @@
+"""Where the measured numbers go: the console, ``metrics.jsonl`` in the run's folder, and Megatron's TensorBoard and W&B writers.
+
+Takes reduced metrics, after every step and every evaluation, on the rank that prints (the last); gives text and files. Megatron's
+own line hides negative values, which log-probabilities and margins are, so ours stands beside it.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class ScalarWriter(Protocol):
+    """What is used of TensorBoard's ``SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+
+class ScalarLog(Protocol):
+    """What is used of a W&B run."""
+
+    def log(self, data: dict[str, Any], step: int) -> None: ...
+
+
+@dataclass
+class Recorder:
+    """Records training and validation metrics. One per run, on the last rank only."""
+
+    dimensions: tuple[str, ...]
+    records_per_step: int
+    total_steps: int
+    log_interval: int
+    folder: Path | None  # of metrics.jsonl; None writes no file
+    tensorboard: ScalarWriter | None = None
+    wandb: ScalarLog | None = None
+    _pending: list[tuple[list[str], Tensor]] = field(default_factory=list)
+    _interval_start: float = field(default_factory=time.monotonic)
+    _paused: float = 0.0
+    _console: Console = field(default_factory=lambda: Console(width=120, highlight=False))
+
+    def start(self, iteration: int) -> None:
+        """Begin at ``iteration``: lines of later iterations, left by a run that was stopped and is now resumed, are dropped."""
+        self._interval_start = time.monotonic()
+        if self.folder is None or not (self.folder / METRICS_FILE).exists():
+            return
+        path = self.folder / METRICS_FILE
+        lines = [line for line in path.read_text().splitlines() if _iteration(line) <= iteration]
+        partial = path.with_name(f"{METRICS_FILE}.partial")
+        partial.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(partial, path)
+
+    def step(self, iteration: int, metrics: Mapping[str, Tensor], *, learning_rate: float | None, grad_norm: float | None) -> None:
+        """Take one training step's metrics (0-dim tensors on the device); every ``log_interval`` steps their means go out."""
+        names = list(metrics)
+        self._pending.append((names, torch.stack([metrics[name].reshape(()).float() for name in names])))
+        if iteration % self.log_interval and iteration != self.total_steps:
+            return
+        means = torch.stack([values for _, values in self._pending]).mean(0).tolist()
+        values: dict[str, float] = dict(zip(names, means, strict=True))
+        now = time.monotonic()
+        seconds = now - self._interval_start - self._paused
+        records_per_s = len(self._pending) * self.records_per_step / seconds
+        values["records_per_s"] = records_per_s
+        values["tokens_per_s"] = records_per_s * values["tokens_per_record"]
+        if learning_rate is not None:
+            values["learning_rate"] = float(learning_rate)
+        if grad_norm is not None:
+            values["grad_norm"] = float(grad_norm)
+        remaining = (self.total_steps - iteration) * seconds / len(self._pending)
+        self._pending, self._interval_start, self._paused = [], now, 0.0
+
+        self._write("train", iteration, values)
+        margins = " ".join(f"{name} {values[f'margin/{name}']:+.3f}" for name in self.dimensions)
+        self._console.print(
+            f"step {iteration}/{self.total_steps} | loss {values['loss']:.4f} nats | {records_per_s:.1f} records/s, "
+            f"{values['tokens_per_s']:,.0f} tokens/s | {_clock(remaining)} left | margins (nats/token): {margins}",
+            soft_wrap=True,
+        )
+
+    def validation(self, iteration: int, metrics: Mapping[str, Tensor], seconds: float) -> None:
+        """Take an evaluation's metrics, means over the whole validation set; its time doesn't count as training."""
+        self._paused += seconds
+        values = {name: float(value) for name, value in metrics.items()}
+        self._write("validation", iteration, values)
+        table = Table(title=f"validation after step {iteration}: loss {values['loss']:.4f} nats ({seconds:.1f} s)", title_justify="left")
+        table.add_column("dimension")
+        for heading in ("margin, nats/token", "accuracy, %", "weight", "mean p", "σ of p", "pair loss, nats"):
+            table.add_column(heading, justify="right")
+        for name in self.dimensions:
+            table.add_row(
+                name,
+                f"{values[f'margin/{name}']:+.4f}",
+                f"{100 * values[f'accuracy/{name}']:.1f}",
+                *(f"{values[f'{kind}/{name}']:.4f}" for kind in ("weight", "prob_mean", "prob_std", "loss")),
+            )
+        self._console.print(table)
+
+    def _write(self, split: str, iteration: int, values: Mapping[str, float]) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / METRICS_FILE).open("a") as file:
+                file.write(json.dumps({"iteration": iteration, "split": split, "metrics": values}) + "\n")
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"amopo-{split}/{name}", value, iteration)
+        if self.wandb is not None:
+            self.wandb.log({f"amopo-{split}/{name}": value for name, value in values.items()}, iteration)
+
+
+def _iteration(line: str) -> int:
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        # A line cut off by a kill: it belongs to nothing.
+        return 2**63
+
+
+def _clock(seconds: float) -> str:
+    minutes, secs = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}"

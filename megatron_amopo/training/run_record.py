@@ -1,0 +1,57 @@
+"""What a run was, kept beside its checkpoints, so that a resumed run is the same run.
+
+Takes the configuration; gives ``run.json`` in the ``--save`` folder and, at the next start from there, an error where data,
+dimensions, seed or objective differ.
+"""
+
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_amopo.errors import CheckpointError
+from megatron_amopo.objectives import pairwise_parameters
+from megatron_amopo.training.arguments import RunConfig
+
+RUN_RECORD = "run.json"
+
+
+def run_record(config: RunConfig) -> dict[str, Any]:
+    """What must not change within a run, by the names of the flags that set it."""
+    return {
+        "--amopo-data": config.data_sha256,
+        "--amopo-dimensions": list(config.dimensions),
+        "--amopo-pairwise": config.pairwise,
+        **{f"--amopo-{k}": v for k, v in pairwise_parameters(config.pairwise, beta=config.beta, gamma=config.gamma).items()},
+        "--amopo-ftx-gamma": config.ftx_gamma,
+        "--amopo-weighting": config.weighting,
+        "--amopo-seed": config.noise_seed,
+    }
+
+
+def write_run_record(folder: Path, config: RunConfig) -> None:
+    """Write ``run.json``, beside and renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{RUN_RECORD}.partial"
+    partial.write_text(json.dumps(run_record(config), indent=2) + "\n")
+    os.replace(partial, folder / RUN_RECORD)
+
+
+def check_resumed_run(args: Namespace, config: RunConfig) -> None:
+    """Compare with the record in the ``--load`` folder, if a run is resumed from there.
+
+    Raises:
+        CheckpointError: naming what differs. ``--finetune`` starts a new run from the weights and isn't held to the record.
+    """
+    if args.load is None or args.finetune or not (path := Path(args.load) / RUN_RECORD).is_file():
+        return
+    before = json.loads(path.read_text())
+    for flag, value in run_record(config).items():
+        if before.get(flag) != value:
+            was = "other data" if flag == "--amopo-data" else before.get(flag)
+            now = "" if flag == "--amopo-data" else f", now {value}"
+            raise CheckpointError(
+                f"{args.load} holds a run with another {flag} ({was}{now}). Resume with the same one, or start a new run from its "
+                "weights with --finetune and another --save"
+            )

@@ -1,0 +1,82 @@
+"""One training step, read from top to bottom: micro-batch → model → log-probabilities → objective → loss and metrics.
+
+:class:`Step` is Megatron's ``forward_step_func``. Everything before it is planning (``data/batching.py``), everything after it is
+Megatron's: backward, reduction over micro-batches and ranks, optimizer.
+
+Shapes: G groups of the micro-batch, D dimensions, 2 sides (chosen, rejected), N response tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from megatron.training import get_timers
+from torch import Tensor
+
+from megatron_amopo import device
+from megatron_amopo.data.batching import GroupBatch
+from megatron_amopo.model.builder import forward_logps
+from megatron_amopo.objectives import amopo_loss, sft_loss
+from megatron_amopo.objectives.statistics import response_statistics
+from megatron_amopo.training.arguments import RunConfig
+from megatron_amopo.training.metrics import EvaluatedResponses, Metrics, group_metrics
+
+LossAndMetrics = tuple[Tensor, Tensor, Metrics]
+
+
+class Step:
+    """Megatron's forward step. In evaluation it also hands each record's figures to ``evaluated``, when there is one."""
+
+    def __init__(self, config: RunConfig, evaluated: EvaluatedResponses | None = None):
+        self.config = config
+        self.evaluated = evaluated
+
+    def __call__(
+        self, data_iterator: Iterator[GroupBatch], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], LossAndMetrics]]:
+        timer = get_timers()("batch-generator", log_level=2)
+        timer.start()
+        batch = next(data_iterator).to(device.current_device())
+        timer.stop()
+        output = forward_logps(
+            model, batch, vocab_size=self.config.vocab_size, chunk_rows=self.config.head_chunk_rows
+        )
+        evaluated = None if model.training else self.evaluated
+        return output, partial(loss_and_metrics, batch, self.config, evaluated)
+
+
+def loss_and_metrics(
+    batch: GroupBatch, config: RunConfig, evaluated: EvaluatedResponses | None, logps: Tensor
+) -> LossAndMetrics:
+    """The last pipeline stage's loss: (sum over groups, number of groups, metrics).
+
+    Megatron divides the gradient by the number of groups of the whole global batch (``--calculate-per-token-loss``), which makes it
+    the exact mean over groups however many each micro-batch holds.
+
+    Args:
+        batch: the micro-batch.
+        config: objective and names of dimensions.
+        evaluated: collects each record's figures, or None.
+        logps: ``[N]`` of :func:`forward_logps`, differentiable.
+    """
+    stats = response_statistics(logps, batch.lengths)
+    result = amopo_loss(
+        stats.sum_logps,
+        batch.lengths,
+        stats.prob_mean,
+        stats.prob_std,
+        batch.noise,
+        pairwise=config.pairwise,
+        beta=config.beta,
+        gamma=config.gamma,
+        weighting=config.weighting,
+    )
+    loss_G = result.loss
+    if config.ftx_gamma:
+        loss_G = loss_G + config.ftx_gamma * sft_loss(stats.sum_logps, batch.lengths)
+    loss_sum = torch.where(batch.counted, loss_G, 0.0).sum()
+
+    metrics = group_metrics(batch, config.dimensions, stats, result, loss_G)
+    if evaluated is not None:
+        evaluated.add(batch, stats)
+    return loss_sum, batch.counted.sum().int(), metrics

@@ -1,0 +1,243 @@
+"""The run: command line → Megatron's ``pretrain``, with our data, model, step and records put in.
+
+    torchrun --nproc-per-node 8 -m megatron_amopo.training.train --amopo-data DIR --pretrained-checkpoint DIR --save DIR …
+
+Every Megatron flag works unless it is refused by name (``checks.py``). This is the only file that knows the signatures of
+Megatron's training loop, which move between minor releases.
+"""
+
+import functools
+import os
+import shutil
+import sys
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_amopo import device
+
+device.prepare()
+
+import torch.distributed as dist  # noqa: E402
+from megatron.core import mpu  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
+from megatron.training import get_args, print_rank_0, training  # noqa: E402
+from megatron.training.argument_utils import (  # noqa: E402
+    core_transformer_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.global_vars import (  # noqa: E402
+    get_tensorboard_writer,
+    get_wandb_writer,
+    set_global_variables,
+)
+
+from megatron_amopo.data.batching import MicroBatches, SampleOrder  # noqa: E402
+from megatron_amopo.data.dataset import PreparedGroups  # noqa: E402
+from megatron_amopo.errors import AmopoError  # noqa: E402
+from megatron_amopo.model.builder import build_model  # noqa: E402
+from megatron_amopo.training.arguments import RunConfig, parse_arguments, validation_groups  # noqa: E402
+from megatron_amopo.training.metrics import EvaluatedResponses  # noqa: E402
+from megatron_amopo.training.recorder import Recorder  # noqa: E402
+from megatron_amopo.training.run_record import check_resumed_run, write_run_record  # noqa: E402
+from megatron_amopo.training.step import Step  # noqa: E402
+
+
+def main() -> None:
+    """Train, evaluate and save as the command line says; exit code 2 and one line for an error that is the user's to mend."""
+    try:
+        args, config = parse_arguments()
+        check_resumed_run(args, config)
+    except AmopoError as error:
+        # Every rank finds the same error; one says it.
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    run(args, config)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run(args: Namespace, config: RunConfig) -> None:
+    """One run of Megatron's ``pretrain`` with validated arguments."""
+    set_global_variables(args, build_tokenizer=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*recommended to use a ModelConfig.*")
+        container = pretrain_cfg_container_from_args(args)
+    evaluated = EvaluatedResponses(config.dimensions) if config.dump_logps else None
+    with _our_hooks(config, evaluated):
+        training.pretrain(
+            container,
+            _datasets_provider(config),
+            ModelType.encoder_or_decoder,
+            Step(config, evaluated),
+            model_provider=functools.partial(_model_provider, config),
+        )
+
+
+def _model_provider(
+    run_config: RunConfig, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None, pg_collection: Any = None
+) -> Any:
+    """Megatron's model provider: this rank's pipeline stage."""
+    return build_model(
+        config or core_transformer_config_from_args(get_args()),
+        run_config.shape,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def _datasets_provider(config: RunConfig) -> Callable[..., tuple]:
+    """Megatron's dataset provider. Every rank reads its own batches, hence ``is_distributed``."""
+
+    def provide(_samples: Any, vp_stage: int | None = None) -> tuple:
+        args = get_args()
+        train_groups = PreparedGroups.open(config.data, "train", config.dimensions)
+        common = {
+            "dp_rank": mpu.get_data_parallel_rank(),
+            "dp_size": mpu.get_data_parallel_world_size(),
+            "noise_seed": config.noise_seed,
+            "pad_to_multiple_of": args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        }
+        train = MicroBatches(
+            train_groups,
+            SampleOrder(len(train_groups), config.noise_seed),
+            num_samples=config.num_samples,
+            num_micro_batches=get_num_microbatches,
+            micro_batch_size=args.micro_batch_size,
+            consumed_samples=args.consumed_train_samples,
+            **common,
+        )
+        if vp_stage in (None, 0):
+            print_rank_0(_plan(args, config, len(train_groups)))
+        valid_groups = validation_groups(config)
+        if valid_groups is None:
+            return train, None, None
+        eval_micro_batches = args.eval_global_batch_size // (args.eval_micro_batch_size * common["dp_size"])
+        valid = MicroBatches(
+            valid_groups,
+            SampleOrder(len(valid_groups), config.noise_seed, shuffle=False),
+            num_samples=len(valid_groups),
+            num_micro_batches=lambda: eval_micro_batches,
+            micro_batch_size=args.eval_micro_batch_size,
+            cycle=True,
+            **common,
+        )
+        return train, valid, None
+
+    provide.is_distributed = True  # type: ignore[attr-defined]
+    return provide
+
+
+def _plan(args: Namespace, config: RunConfig, num_records: int) -> str:
+    """What the run is going to read, in one line."""
+    batch = args.global_batch_size
+    text = f"> {num_records:,} training records, {len(config.dimensions)} dimensions ({', '.join(config.dimensions)}); "
+    if config.num_samples is None:
+        epochs = args.train_iters * batch / num_records if args.train_iters else 0
+        return text + f"{args.train_iters} steps of {batch} records, {epochs:.2f} epochs"
+    last = config.num_samples - (args.train_iters - 1) * batch
+    return text + f"{config.num_epochs} epochs = {config.num_samples:,} samples, {args.train_iters} steps of {batch} records" + (
+        f"; the last step has {last}" if last != batch else ""
+    )
+
+
+class _our_hooks:  # noqa: N801 - used like a function
+    """Puts our records into Megatron's loop by wrapping four of its functions for the time of a run.
+
+    - ``training_log`` sees every step's reduced metrics, but prints only values ≥ 0 and no rates of records and tokens;
+    - ``evaluate_and_print_results`` would print a perplexity of every metric, and repeat the last evaluation;
+    - ``train`` starts without an evaluation;
+    - ``save_checkpoint`` writes weights; what export and resume need beside them is written once before it.
+    """
+
+    def __init__(self, config: RunConfig, evaluated: EvaluatedResponses | None):
+        self.config, self.evaluated = config, evaluated
+        self.recorder: Recorder | None = None
+        self.evaluated_at: int | None = None
+
+    def __enter__(self) -> None:
+        self.original = {name: getattr(training, name) for name in ("training_log", "evaluate_and_print_results", "train", "save_checkpoint")}
+        training.training_log = self._training_log
+        training.evaluate_and_print_results = self._evaluate
+        training.train = self._train
+        training.save_checkpoint = self._save_checkpoint
+
+    def __exit__(self, *exc: Any) -> None:
+        for name, function in self.original.items():
+            setattr(training, name, function)
+
+    def _record(self) -> Recorder | None:
+        """The recorder, on the last rank: it holds the last pipeline stage and Megatron's writers."""
+        if self.recorder is None and dist.get_rank() == dist.get_world_size() - 1:
+            args = get_args()
+            folder = args.save or args.tensorboard_dir
+            self.recorder = Recorder(
+                dimensions=self.config.dimensions,
+                records_per_step=args.global_batch_size,
+                total_steps=args.train_iters or 0,
+                log_interval=args.log_interval,
+                folder=Path(folder) if folder else None,
+                tensorboard=get_tensorboard_writer(),
+                wandb=get_wandb_writer() or None,
+            )
+            self.recorder.start(args.iteration)
+        return self.recorder
+
+    def _train(self, forward_step: Any, model: Any, optimizer: Any, scheduler: Any, train_iterator: Any, valid_iterator: Any, process: Any, config: Any, *rest: Any, **options: Any) -> Any:
+        args = get_args()
+        if self.config.eval_at_start and args.do_valid and args.iteration == 0:
+            self._evaluate("", forward_step, valid_iterator, model, 0, process, config)
+        if recorder := self._record():
+            recorder.start(args.iteration)
+        return self.original["train"](forward_step, model, optimizer, scheduler, train_iterator, valid_iterator, process, config, *rest, **options)
+
+    def _training_log(self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *rest: Any, **options: Any) -> Any:
+        if loss_dict and (recorder := self._record()):
+            recorder.step(iteration, loss_dict, learning_rate=learning_rate, grad_norm=rest[3])
+        shown = {name: value for name, value in loss_dict.items() if name == "loss"}
+        return self.original["training_log"](shown, total_loss_dict, learning_rate, iteration, *rest, **options)
+
+    def _evaluate(self, _prefix: str, forward_step: Any, iterator: Any, model: Any, iteration: int, _process: Any, config: Any, **options: Any) -> None:
+        if self.evaluated_at == iteration:
+            return
+        start = time.monotonic()
+        groups = {name: options.get(name) for name in ("pg_collection", "p2p_communicator")}
+        metrics, _, timed_out = training.evaluate(forward_step, iterator, model, None, config, **groups)
+        if timed_out:
+            return
+        self.evaluated_at = iteration
+        if metrics and (recorder := self._record()):
+            recorder.validation(iteration, metrics, time.monotonic() - start)
+        if self.evaluated is not None and mpu.is_pipeline_last_stage(ignore_virtual=True):
+            is_writer = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0
+            assert self.config.dump_logps is not None
+            self.evaluated.write(self.config.dump_logps, mpu.get_data_parallel_group(), is_writer=is_writer)
+
+    def _save_checkpoint(self, *rest: Any, **options: Any) -> Any:
+        if dist.get_rank() == 0:
+            save = Path(get_args().save)
+            _copy_hf_folder(self.config.hf_folder, save / "hf")
+            write_run_record(save, self.config)
+        return self.original["save_checkpoint"](*rest, **options)
+
+
+def _copy_hf_folder(source: Path, target: Path) -> None:
+    """Copy config and tokenizer files beside the checkpoint, so that it can be exported and resumed by itself."""
+    if target.exists():
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    os.replace(partial, target)
+
+
+if __name__ == "__main__":
+    main()

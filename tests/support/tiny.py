@@ -1,0 +1,94 @@
+"""A tiny random Qwen2 as a Hugging Face folder and random prepared groups for it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megatron_amopo.data.groups import GENERAL, TokenizedGroup, TokenizerFingerprint
+from megatron_amopo.data.manifest import Manifest
+from megatron_amopo.data.shards import write_groups
+
+#: Not a multiple of 128 × TP, so that Megatron pads the vocabulary.
+VOCAB_SIZE = 151
+
+
+def qwen2_config(*, tied: bool = True, **changes):
+    """transformers' config of a model that TP 2 and PP 2 divide."""
+    from transformers import Qwen2Config
+
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+    }
+    return Qwen2Config(**{**sizes, **changes})
+
+
+def make_hf_model(folder: Path, *, tied: bool = True, seed: int = 0, **changes):
+    """Write a random model to ``folder`` and return it, float32, in evaluation mode."""
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(qwen2_config(tied=tied, **changes)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Initial biases of zero and norms of one would hide a converter or a kernel that forgets them.
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    return model
+
+
+def random_groups(
+    count: int, *, dimensions: int = 3, seed: int = 0, vocab_size: int = VOCAB_SIZE, longest: int = 24, shortest: int = 1
+) -> list[TokenizedGroup]:
+    """Groups of random tokens with random lengths, one-token prompts and responses among them."""
+    rng = np.random.default_rng(seed)
+
+    def tokens() -> np.ndarray:
+        return rng.integers(0, vocab_size, rng.integers(shortest, longest + 1)).astype(np.int32)
+
+    groups = []
+    for record in range(count):
+        chosen, rejected = tokens(), tokens()
+        groups.append(
+            TokenizedGroup(
+                record_id=record,
+                prompts=tuple(tokens() for _ in range(dimensions)),
+                # The same responses under each prompt, cut by one token in some dimensions, as truncation does.
+                chosen=tuple(chosen[: max(1, len(chosen) - d % 2)] for d in range(dimensions)),
+                rejected=tuple(rejected for _ in range(dimensions)),
+            )
+        )
+    return groups
+
+
+def make_data(folder: Path, *, train: int = 24, validation: int = 10, dimensions: int = 3, seed: int = 0, **options) -> Manifest:
+    """Write a prepared folder of random groups."""
+    groups = random_groups(train + validation, dimensions=dimensions, seed=seed, **options)
+    fingerprint = TokenizerFingerprint("0" * 64, "0" * 64, options.get("vocab_size", VOCAB_SIZE), 2, 0, "tiny")
+    manifest = Manifest(
+        dimensions=(GENERAL, *(f"quality_{d}" for d in range(1, dimensions))),
+        tokenizer=fingerprint,
+        prompts={},
+        scale=(1.0, 5.0),
+        cutoff_len=None,
+        records={},
+        length_percentiles={},
+        data_sha256="",
+        created_with={},
+    )
+    splits = {"train": groups[:train]} | ({"validation": groups[train:]} if validation else {})
+    return write_groups(folder, splits, manifest)
