@@ -110,8 +110,6 @@ def main(arguments: list[str] | None = None) -> int:
     from rich.console import Console
     from tqdm import tqdm
 
-    # A terminated run cleans up as an interrupted one does.
-    signal.signal(signal.SIGTERM, _terminate)
     on_terminal = sys.stderr.isatty()
     try:
         options = parse_options(arguments)
@@ -144,4 +142,5 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)  # a terminated run cleans up as an interrupted one does
     sys.exit(main())

@@ -124,9 +124,8 @@ def _pair(record: Record, source: str, prompt: Any, text: str) -> Candidates:
             raise RecordProblem("empty_response", f"no {side!r}")
         if not isinstance(found, Mapping):
             raise RecordProblem("wrong_format", f"{side!r} is {type(found).__name__} instead of an object")
-        responses.append(
-            Response(found.get(text), found | _mapping(found.get("scores")) | _scores(record, side), source)
-        )
+        scores = {**found, **_mapping(found.get("scores")), **_scores(record, side)}
+        responses.append(Response(found.get(text), scores, source))
     return Candidates(source, _with_system(record, prompt), responses, ordered=True)
 
 
@@ -152,7 +151,7 @@ def _ultrafeedback(record: Record, source: str) -> Candidates:
 def _trl(record: Record, source: str) -> Candidates:
     """TRL's pairs: strings, or lists of messages that may begin with the prompt's."""
     prompt = record.get("prompt")
-    sides = [record.get("chosen"), record.get("rejected")]
+    sides: list[Any] = [record.get("chosen"), record.get("rejected")]
     if all(isinstance(side, list) and side for side in sides):
         before = [side[:-1] for side in sides]
         if before[0] != before[1]:

@@ -10,7 +10,7 @@ import itertools
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -291,7 +291,7 @@ def _chunks(inputs: list[_Input]) -> Iterator[Chunk]:
 
 def _results(
     chunks: Iterator[Chunk], source: TokenizerSource, rules: ChunkRules, workers: int
-) -> Iterator[tuple[Chunk, ChunkResult]]:
+) -> Generator[tuple[Chunk, ChunkResult]]:
     """Results in the order of the chunks, whichever worker is done first."""
     if workers == 1:
         runner = ChunkRunner(source, rules)

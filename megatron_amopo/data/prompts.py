@@ -5,6 +5,7 @@ messages per dimension. Pure functions of a `PromptStyle`; the files of this pac
 file can be named instead.
 """
 
+import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def _read(name: str | Path) -> Any:
 def _parse(content: Any) -> PromptStyle:
     if not isinstance(content, Mapping):
         raise TypeError("holds no mapping")
+    json.dumps(content)  # it goes into the manifest; a date, say, would not
     unknown = set(content) - _KEYS
     if unknown:
         raise ValueError(f"unknown field {sorted(map(str, unknown))[0]!r}; known are {', '.join(sorted(_KEYS))}")

@@ -97,7 +97,7 @@ class FolderWriter:
     """
 
     def __init__(self, folder: str | Path, force: bool = False) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.abspath(folder))
         self._check_target(force)
         self.partial = self.folder.with_name(f"{self.folder.name}.partial-{os.getpid()}")
         self._streams: dict[str, pa.RecordBatchStreamWriter] = {}
@@ -112,6 +112,8 @@ class FolderWriter:
             raise DataError(f"--output {self.folder}: can't be written ({error.strerror})") from error
 
     def _check_target(self, force: bool) -> None:
+        if not self.folder.name:
+            raise DataError(f"--output {self.folder}: is the root of the file system")
         if self.folder.is_dir():
             ours = (self.folder / MANIFEST_NAME).is_file()
             if any(self.folder.iterdir()) and not (ours and force):

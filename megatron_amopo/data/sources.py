@@ -9,7 +9,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,7 +58,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return [path.name if names.count(path.name) == 1 else str(path) for path in paths]
 
 
-def read_items(path: Path, label: str) -> Iterator[RawItem]:
+def read_items(path: Path, label: str) -> Generator[RawItem]:
     """All records of a file in order. Raises DataError where the file as a whole can't be read."""
     try:
         if path.suffix == ".parquet":
@@ -129,7 +129,7 @@ def _json_list(stream: BinaryIO, head: bytes, disk: BinaryIO, label: str) -> Ite
         buffer, scan, start = buffer[start:], scan - start, 0
         if len(buffer) > MAX_RECORD_BYTES:
             raise DataError(
-                f"{label}[{number}]: an element of more than {MAX_RECORD_BYTES >> 20} MiB; is a quote or bracket missing?"
+                f"{label}[{number}]: an element of over {MAX_RECORD_BYTES >> 20} MiB; is a quote or bracket missing?"
             )
         more = stream.read(_CHUNK)
         if not more:

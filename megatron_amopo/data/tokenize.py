@@ -222,7 +222,7 @@ class ChatTokenizer:
             raise DataError(f"{where}: its chat template fails on a plain question and answer ({error})") from error
         if not full.startswith(prompt) or answer not in full[len(prompt) :] or question not in prompt:
             raise DataError(
-                f"{where}: its chat template doesn't continue its own generation prompt, so no response can be told from it"
+                f"{where}: its chat template doesn't continue its own generation prompt, so responses have no start"
             )
         ending = full[full.rindex(answer) + len(answer) :]
         places = [(ending.index(text), -len(text), text) for text in self._added if text in ending]
