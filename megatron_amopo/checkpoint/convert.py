@@ -87,7 +87,7 @@ def hf_to_megatron(
 
     with bar, _new_folder(target, force, size, sources=[source.path], replaces=TRACKER) as folder:
         (folder / HF_SUBFOLDER).mkdir()
-        hf.copy_side_files(source.path, folder / HF_SUBFOLDER, index=True)
+        hf.copy_side_files(source.path, folder / HF_SUBFOLDER, index=source.indexed)
         write_checkpoint(folder, table, dtypes, megatron_arguments(source.config), joined)
     return _conversion(target, table, dtypes.values(), notes)
 
@@ -125,11 +125,10 @@ def megatron_to_hf(
         raise CheckpointError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
     dtypes = {p.megatron: checkpoint.dtype(p) if dtype is None else DTYPES[dtype] for p in table}
     tensors = _tensor_infos(table, dtypes)
-    files = (
-        hf.planned_files(root / HF_SUBFOLDER, tensors)
-        if max_shard_size is None
-        else hf.plan_files(tensors, max_shard_size)
-    )
+    if max_shard_size is None:
+        plan = hf.planned_files(root / HF_SUBFOLDER, tensors)
+    else:
+        plan = hf.plan_files(tensors, max_shard_size)
     target = Path(hf_dir)
     size = sum(info.nbytes for info in tensors.values())
     notes: list[str] = []
@@ -139,7 +138,7 @@ def megatron_to_hf(
     ):
         hf.copy_side_files(root / HF_SUBFOLDER, folder, index=False)
         notes += _settle_config_dtype(folder, config, dtypes)
-        with hf.HfWriter(folder, tensors, files) as writer:
+        with hf.HfWriter(folder, tensors, plan) as writer:
             for parameter in table:
                 for layer in parameter.layer_numbers:
                     tensor = checkpoint.read(parameter, layer).to(dtypes[parameter.megatron])
@@ -313,7 +312,12 @@ def _new_folder(target: Path, force: bool, size: int, *, sources: Sequence[Path]
         yield partial
         if target.exists():
             target.rename(replaced)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
     except OSError as error:
         raise CheckpointError(f"{target}: can't be written: {error}") from error
     finally:

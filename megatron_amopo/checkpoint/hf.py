@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -91,13 +91,14 @@ class HfFolder:
         """
         path = Path(folder)
         config = read_config(path)
-        if (path / INDEX).is_file():
+        # transformers, too, takes the single file where both are there.
+        if (path / WEIGHTS).is_file():
+            weight_map, file_names = None, [WEIGHTS]
+        elif (path / INDEX).is_file():
             weight_map = _read_json(path / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{path / INDEX}: weight_map is missing or empty")
-            file_names = sorted(set(weight_map.values()))
-        elif (path / WEIGHTS).is_file():
-            weight_map, file_names = None, [WEIGHTS]
+            file_names = sorted(set(FilePlan(weight_map).files.values()))
         else:
             raise CheckpointError(_no_weights(path))
         files: dict[str, str] = {}
@@ -112,6 +113,11 @@ class HfFolder:
                 f"{path / INDEX}: tensor {name}: the index says {weight_map.get(name)}, the files {files.get(name)}"
             )
         return cls(path, config, files, tensors)
+
+    @property
+    def indexed(self) -> bool:
+        """Whether an index tells where the tensors are."""
+        return set(self.files.values()) != {WEIGHTS}
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, on the CPU, as a view of the mapped file."""
@@ -151,9 +157,21 @@ def set_config_dtype(folder: Path, dtype: str) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def plan_files(tensors: Mapping[str, TensorInfo], max_shard_size: int | str) -> dict[str, str]:
-    """Which file each tensor goes to: what `save_pretrained(max_shard_size=…)` does with the same tensors in the same
-    order.
+@dataclass(frozen=True)
+class FilePlan:
+    """Which file each tensor goes to, and which facts the index states beside that."""
+
+    files: Mapping[str, str]
+    index_facts: tuple[str, ...] = ("total_parameters", "total_size")
+
+    def __post_init__(self) -> None:
+        for name, file_name in self.files.items():
+            if Path(str(file_name)).name != file_name or not file_name.endswith(".safetensors"):
+                raise CheckpointError(f"{INDEX}: tensor {name}: {file_name!r} is not the name of a safetensors file")
+
+
+def plan_files(tensors: Mapping[str, TensorInfo], max_shard_size: int | str) -> FilePlan:
+    """The files that `save_pretrained(max_shard_size=…)` makes of the same tensors in the same order.
 
     Raises:
         CheckpointError: `max_shard_size` is no size.
@@ -167,18 +185,20 @@ def plan_files(tensors: Mapping[str, TensorInfo], max_shard_size: int | str) -> 
         )
     except ValueError as error:
         raise CheckpointError(f"--max-shard-size {max_shard_size}: {error}") from error
-    return split.tensor_to_filename
+    return FilePlan(split.tensor_to_filename)
 
 
-def planned_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Which file each tensor goes to by the index in `folder`; all in one where there is none or it is another
-    model's."""
-    names = list(names)
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map", {})
-        if set(names) <= set(weight_map):
-            return {name: weight_map[name] for name in names}
-    return dict.fromkeys(names, WEIGHTS)
+def planned_files(folder: Path, names: Collection[str]) -> FilePlan:
+    """The files that the index in `folder` states; one file where there is no index."""
+    if not (folder / INDEX).is_file():
+        return FilePlan(dict.fromkeys(names, WEIGHTS))
+    index = _read_json(folder / INDEX)
+    weight_map = index.get("weight_map") or {}
+    for name in names:
+        if name not in weight_map:
+            raise CheckpointError(f"{folder / INDEX}: no tensor {name}; remove the file or give --max-shard-size")
+    facts = tuple(fact for fact in FilePlan.index_facts if fact in (index.get("metadata") or {}))
+    return FilePlan({name: weight_map[name] for name in names}, facts)
 
 
 class HfWriter:
@@ -187,22 +207,22 @@ class HfWriter:
     Args:
         folder: where to write; exists.
         tensors: every tensor of the model.
-        files: name -> file, for every tensor.
+        plan: the file of every tensor.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], files: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], plan: FilePlan) -> None:
         self._folder = folder
         self._tensors = tensors
-        self._files = files
+        self._plan = plan
         self._streams: dict[str, BinaryIO] = {}
         self._offsets: dict[str, int] = {}
         self._missing = set(tensors)
 
     def __enter__(self) -> HfWriter:
-        for file_name in sorted(set(self._files.values())):
+        for file_name in sorted(set(self._plan.files.values())):
             stream = (self._folder / file_name).open("wb")
             self._streams[file_name] = stream
-            inside = {name: info for name, info in self._tensors.items() if self._files[name] == file_name}
+            inside = {name: info for name, info in self._tensors.items() if self._plan.files[name] == file_name}
             header, offsets, size = _header(inside)
             stream.write(header)
             stream.truncate(len(header) + size)
@@ -213,7 +233,7 @@ class HfWriter:
         """Write one tensor, whose type and shape are those announced."""
         info = self._tensors[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), name
-        stream = self._streams[self._files[name]]
+        stream = self._streams[self._plan.files[name]]
         stream.seek(self._offsets[name])
         stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
@@ -228,15 +248,16 @@ class HfWriter:
             stream.close()
         if kind is None:
             assert not self._missing, f"not written: {min(self._missing)}"
-            if len(self._streams) > 1:
+            if set(self._streams) != {WEIGHTS}:
                 self._write_index()
 
     def _write_index(self) -> None:
-        metadata: dict[str, Any] = {
+        facts = {
             "total_parameters": sum(torch.Size(info.shape).numel() for info in self._tensors.values()),
             "total_size": sum(info.nbytes for info in self._tensors.values()),
         }
-        index = {"metadata": metadata, "weight_map": dict(self._files)}
+        metadata = {fact: facts[fact] for fact in self._plan.index_facts}
+        index = {"metadata": metadata, "weight_map": dict(self._plan.files)}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,15 @@
+"""The folders that the converter's tests start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoints import MakeFolder, save_tiny_model
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> MakeFolder:
+    """make_folder(name, tied=…, dtype=…, max_shard_size=…) saves a random model with transformers; gives its folder."""
+    return lambda name="original", **options: save_tiny_model(tmp_path / name, **options)

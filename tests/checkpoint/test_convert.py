@@ -1,0 +1,306 @@
+"""There and back byte for byte, what is refused, and that a conversion which fails leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_amopo.checkpoint import convert
+from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify
+from megatron_amopo.errors import CheckpointError
+from tests.support.checkpoints import LAYERS, VOCABULARY, MakeFolder, all_files, edit_config, load_tensors
+from tools import convert_checkpoint
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_round_trip_is_byte_identical(
+    make_folder: MakeFolder, tmp_path: Path, tied: bool, dtype: torch.dtype, shards: int
+) -> None:
+    size = dtype.itemsize * 50_000 if shards == 3 else 10**9
+    original = make_folder(tied=tied, dtype=dtype, max_shard_size=size)
+    assert len(list(original.glob("*.safetensors"))) == shards
+    done = hf_to_megatron(original, tmp_path / "megatron")
+    assert done.tensors == 12 * LAYERS + (2 if tied else 3)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert all_files(tmp_path / "back") == all_files(original)
+    # The same with the files planned from --max-shard-size instead of the index that was kept.
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "planned", max_shard_size=size)
+    assert all_files(tmp_path / "planned") == all_files(original)
+    assert not any(row.differing for row in verify(original, tmp_path / "megatron"))
+
+
+def test_transformers_loads_the_export(make_folder: MakeFolder, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    original = make_folder(tied=True, max_shard_size="150KB")
+    hf_to_megatron(original, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_size="1GB")
+    ids = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        expected, actual = (
+            AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits for folder in (original, tmp_path / "back")
+        )
+    assert torch.equal(actual, expected)
+
+
+def test_the_checkpoint_carries_tokenizer_and_template_but_no_code(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original = make_folder()
+    (original / "modeling_own.py").write_text("print('run')")
+    hf_to_megatron(original, tmp_path / "megatron")
+    carried = {path.name for path in (tmp_path / "megatron" / "hf").iterdir()}
+    assert carried == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+
+
+@pytest.mark.parametrize(("spelling", "other"), [("dtype", "torch_dtype"), ("torch_dtype", "dtype")])
+def test_dtype_converts_weights_and_config(
+    make_folder: MakeFolder, tmp_path: Path, spelling: str, other: str
+) -> None:
+    original = make_folder()
+    edit_config(original, **{spelling: "float32", other: None})
+    hf_to_megatron(original, tmp_path / "megatron")
+    done = megatron_to_hf(tmp_path / "megatron", tmp_path / "half", dtype="bfloat16")
+    assert done.dtypes == ("bfloat16",)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config[spelling] == "bfloat16"
+    assert other not in config
+    half, full = load_tensors(tmp_path / "half"), load_tensors(original)
+    assert all(torch.equal(half[name], full[name].to(torch.bfloat16)) for name in full)
+    rows = verify(tmp_path / "half", tmp_path / "megatron")
+    assert {(row.hf_dtype, row.megatron_dtype, row.differing) for row in rows} == {("bfloat16", "float32", ())}
+
+
+def test_config_says_the_stored_type(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """As after training in float32 from a bfloat16 model: transformers loads in the type that config.json says."""
+    original = make_folder()
+    edit_config(original, dtype="bfloat16")
+    hf_to_megatron(original, tmp_path / "megatron")
+    done = megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
+    assert done.notes == ("config.json says float32 now, as the weights are (bfloat16 before)",)
+
+
+def test_a_tied_copy_is_dropped_when_it_is_one(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original = make_folder(tied=True)
+    tensors = load_tensors(original)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    assert "lm_head.weight equals" in hf_to_megatron(original, tmp_path / "megatron").notes[0]
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        hf_to_megatron(original, tmp_path / "other")
+
+
+def spoil(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Replace, add or (None) remove one tensor of a single-file folder."""
+    tensors = load_tensors(folder)
+    tensors.pop(name, None)
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None, "tensor model.layers.1.mlp.up_proj.weight is missing"),
+        ("model.layers.4.mlp.up_proj.weight", torch.ones(96, 64), "layers.4.mlp.up_proj.weight is not part of the model"),
+        ("model.layers.0.self_attn.q_norm.weight", torch.ones(8), "q_norm.weight is not part of the model"),
+        ("model.norm.weight", torch.ones(65), r"model.norm.weight has shape \[65\], but by config.json it has \[64\]"),
+        ("model.layers.3.self_attn.k_proj.bias", torch.ones(16).half(), "k_proj.bias is float16, but Megatron"),
+    ],
+)
+def test_tensors_that_contradict_the_config(
+    make_folder: MakeFolder, tmp_path: Path, name: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    original = make_folder()
+    spoil(original, name, tensor)
+    with pytest.raises(CheckpointError, match=message):
+        hf_to_megatron(original, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_config_that_contradicts_the_tensors(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original = make_folder()
+    edit_config(original, vocab_size=VOCABULARY + 1)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \[151, 64\], but by config.json it has \[152"):
+        hf_to_megatron(original, tmp_path / "megatron")
+
+
+def test_unknown_architecture_names_the_folder(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original = make_folder()
+    edit_config(original, architectures=["GPT2LMHeadModel"])
+    with pytest.raises(CheckpointError, match=r"original/config\.json: architectures GPT2LMHeadModel: not supported"):
+        hf_to_megatron(original, tmp_path / "megatron")
+
+
+def test_existing_output_is_kept_unless_forced(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original, megatron, back = make_folder(), tmp_path / "megatron", tmp_path / "back"
+    hf_to_megatron(original, megatron)
+    with pytest.raises(CheckpointError, match="exists already; --force replaces it"):
+        hf_to_megatron(original, megatron)
+    hf_to_megatron(original, megatron, force=True)
+    back.mkdir()
+    megatron_to_hf(megatron, back)  # an empty folder is no output
+    (back / "stale.safetensors").write_text("")
+    with pytest.raises(CheckpointError, match="exists already"):
+        megatron_to_hf(megatron, back)
+    megatron_to_hf(megatron, back, force=True)
+    assert all_files(back) == all_files(original)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron", "original"]
+
+
+def test_force_replaces_only_what_looks_like_an_output(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original, precious = make_folder(), tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="has no latest_checkpointed_iteration.txt: --force"):
+        hf_to_megatron(original, precious, force=True)
+    with pytest.raises(CheckpointError, match="can't be, hold or lie in the input"):
+        hf_to_megatron(original, original / "megatron")
+    with pytest.raises(CheckpointError, match="can't be, hold or lie in the input"):
+        hf_to_megatron(original, tmp_path, force=True)
+    assert (precious / "thesis.tex").exists()
+
+
+def test_a_failed_conversion_leaves_nothing(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, megatron = make_folder(), tmp_path / "megatron"
+    hf_to_megatron(original, megatron)
+    before = all_files(tmp_path)
+
+    def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.hf.HfFolder, "read", disk_full)
+        with pytest.raises(CheckpointError, match=r"megatron: can't be written: .*No space left"):
+            hf_to_megatron(original, megatron, force=True)
+    monkeypatch.setattr(convert.hf.HfWriter, "write", disk_full)
+    with pytest.raises(CheckpointError, match=r"back: can't be written: .*No space left"):
+        megatron_to_hf(megatron, tmp_path / "back")
+    assert all_files(tmp_path) == before
+
+
+def test_too_little_room_on_the_disk(
+    make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = make_folder()
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(CheckpointError, match=r"0\.1 GiB are needed, 0\.0 GiB are free"):
+        hf_to_megatron(original, tmp_path / "megatron")
+
+
+def test_no_checkpoint_in_the_folder(make_folder: MakeFolder, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "empty", "no checkpoint here")):
+        with pytest.raises(CheckpointError, match=message):
+            megatron_to_hf(folder, tmp_path / "back")
+    megatron = tmp_path / "megatron"
+    hf_to_megatron(make_folder(), megatron)
+    with pytest.raises(CheckpointError, match="this is one iteration"):
+        megatron_to_hf(megatron / "release", tmp_path / "back")
+    with pytest.raises(CheckpointError, match="--iteration 7: .*iter_0000007 does not exist"):
+        megatron_to_hf(megatron, tmp_path / "back", iteration=7)
+    (megatron / "latest_checkpointed_iteration.txt").write_text("12")
+    with pytest.raises(CheckpointError, match="names 12, but"):
+        megatron_to_hf(megatron, tmp_path / "back")
+    (megatron / "latest_checkpointed_iteration.txt").write_text("newest")
+    with pytest.raises(CheckpointError, match="'newest' is neither"):
+        megatron_to_hf(megatron, tmp_path / "back")
+
+
+def test_newest_iteration_is_the_trackers(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """An iteration whose saving was cut off is newer than the tracker says, and not taken."""
+    megatron = tmp_path / "megatron"
+    hf_to_megatron(make_folder(), megatron)
+    (megatron / "release").rename(megatron / "iter_0000012")
+    (megatron / "iter_0000013").mkdir()
+    (megatron / "latest_checkpointed_iteration.txt").write_text("12\n")
+    megatron_to_hf(megatron, tmp_path / "back")
+    (megatron / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(CheckpointError, match="choose one with --iteration"):
+        megatron_to_hf(megatron, tmp_path / "back2")
+    megatron_to_hf(megatron, tmp_path / "back2", iteration=12)
+    assert all_files(tmp_path / "back") == all_files(tmp_path / "back2")
+
+
+def test_damaged_megatron_checkpoints(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original, good = make_folder(), tmp_path / "good"
+    hf_to_megatron(original, good)
+
+    def refused(name: str, content: bytes | None, message: str) -> None:
+        bad = tmp_path / "bad"
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(good, bad)
+        (bad / name).unlink() if content is None else (bad / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            megatron_to_hf(bad, tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+    data = (good / "release" / "__0_0.distcp").read_bytes()
+    refused("release/metadata.json", None, "no metadata.json: not a torch_dist checkpoint")
+    refused("release/metadata.json", b'{"sharded_backend": "zarr"}', "the format is zarr; only torch_dist")
+    refused("release/metadata.json", b"[]", r"metadata\.json: can't be read")
+    refused("release/.metadata", None, "no .metadata: the checkpoint is incomplete")
+    refused("release/.metadata", b"\x80\x04", r"\.metadata: can't be read")
+    refused("release/__0_0.distcp", None, "tensor embedding.word_embeddings.weight can't be read")
+    refused("release/__0_0.distcp", data[: len(data) // 2], r"tensor decoder\.layers\.\S+, layer \d can't be read")
+    refused("hf/config.json", None, "no hf/config.json; copy the hf folder")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 152}, r"embedding.word_embeddings.weight has shape \[151, 64\], but by config.json it has \[152"),
+        ({"num_hidden_layers": 3, "layer_types": None}, r"has shape \[4, 64\], but by config.json it has \[3, 64\]"),
+        ({"tie_word_embeddings": True}, "tensor output_layer.weight is not part of the model"),
+    ],
+)
+def test_config_that_contradicts_the_checkpoint(
+    make_folder: MakeFolder, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    hf_to_megatron(make_folder(), tmp_path / "megatron")
+    edit_config(tmp_path / "megatron" / "hf", **change)
+    with pytest.raises(CheckpointError, match=message):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+
+
+def test_a_parameter_that_the_checkpoint_lacks(make_folder: MakeFolder, tmp_path: Path) -> None:
+    hf_to_megatron(make_folder(tied=True), tmp_path / "megatron")
+    edit_config(tmp_path / "megatron" / "hf", tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match="tensor output_layer.weight is missing"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+
+
+def test_command_line(make_folder: MakeFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original, megatron, back = make_folder(), str(tmp_path / "megatron"), str(tmp_path / "back")
+    run = convert_checkpoint.main
+    assert run(["hf-to-megatron", str(original), megatron]) == 0
+    assert run(["megatron-to-hf", megatron, back, "--max-shard-size", "100KB"]) == 0
+    assert run(["verify", back, megatron]) == 0
+    assert "51 of 51 tensors equal bit by bit" in capsys.readouterr().out
+    changed = load_tensors(original)["model.layers.2.self_attn.v_proj.weight"]
+    changed[3, 5] += 0.5
+    spoil(original, "model.layers.2.self_attn.v_proj.weight", changed)
+    assert run(["verify", str(original), megatron]) == 1
+    said = capsys.readouterr().out
+    assert "differs: model.layers.2.self_attn.v_proj.weight\n50 of 51" in said
+    assert run(["megatron-to-hf", megatron, back]) == 2
+    assert capsys.readouterr().err == f"error: {back} exists already; --force replaces it\n"
+
+
+def test_verify_refuses_another_model(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original = make_folder()
+    hf_to_megatron(original, tmp_path / "megatron")
+    edit_config(original, rms_norm_eps=1e-5)
+    with pytest.raises(CheckpointError, match="not the same model: layernorm_epsilon is 1e-05 in the folder"):
+        verify(original, tmp_path / "megatron")
