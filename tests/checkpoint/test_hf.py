@@ -75,7 +75,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 def test_missing_config(make_folder: MakeFolder) -> None:
     folder = make_folder()
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         hf.HfFolder.open(folder)
 
 
@@ -111,7 +111,7 @@ def test_truncated_safetensors(make_folder: MakeFolder, keep: int) -> None:
 def test_missing_shard(make_folder: MakeFolder) -> None:
     folder = make_folder(max_shard_size="100KB")
     next(folder.glob("model-00002*")).unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-.*: listed in"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-.*: listed in"):
         hf.HfFolder.open(folder)
 
 
@@ -139,7 +139,7 @@ def test_other_types_are_refused(make_folder: MakeFolder) -> None:
     tensors = load_tensors(folder)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="tensor model.norm.weight is I8"):
+    with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight is I8"):
         hf.HfFolder.open(folder)
 
 
