@@ -30,7 +30,7 @@ from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.data.problems import FAULTS, MEANINGS, REPAIRS
 from megatron_amopo.data.prompts import DEFAULT_STYLE, PromptStyle
 from megatron_amopo.data.records import RecordRules, Scale
-from megatron_amopo.data.report import Report, describe, with_general
+from megatron_amopo.data.report import Report, describe
 from megatron_amopo.data.shards import SCHEMA, FolderWriter, with_record_ids
 from megatron_amopo.data.sources import check_input, labels, read_items
 from megatron_amopo.data.tokenize import ChatTokenizer, TokenizerSource
@@ -152,7 +152,7 @@ def prepare(
                     progress(done, total, sink.next_id)
         sink.check()
         manifest = Manifest(
-            dimensions=with_general(options.dimensions),
+            dimensions=(GENERAL, *options.dimensions),
             tokenizer=tokenizer.fingerprint(),
             prompts=style.content,
             scale=style.scale,

@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_amopo.data.groups import GENERAL
 from megatron_amopo.data.problems import MEANINGS, Issue
 from megatron_amopo.data.worker import ChunkResult
 
@@ -146,11 +145,6 @@ class Report:
 def describe(issue: Issue) -> str:
     """'file:line: detail', as examples in the report and errors say it."""
     return f"{issue.source}: {issue.detail}" if issue.detail else issue.source
-
-
-def with_general(dimensions: Sequence[str]) -> tuple[str, ...]:
-    """All D names: 'general' and the K dimensions."""
-    return (GENERAL, *dimensions)
 
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:

@@ -12,8 +12,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -102,7 +104,7 @@ class FolderWriter:
         self.partial = self.folder.with_name(f"{self.folder.name}.partial-{os.getpid()}")
         self._streams: dict[str, pa.RecordBatchStreamWriter] = {}
         self._shards: dict[str, int] = {}
-        self._digest = hashlib.sha256()
+        self._digests: dict[str, Any] = {}
         self._finished = False
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +130,9 @@ class FolderWriter:
 
     def add(self, split: str, batch: pa.RecordBatch, digests: Sequence[bytes]) -> None:
         """Append rows, whose record ids are final, to a split. `digests` are the rows' `group_digest`s."""
+        whole = self._digests.setdefault(split, hashlib.sha256())
         for record_id, digest in zip(batch.column(0).to_pylist(), digests, strict=True):
-            self._digest.update(f"{split}:{record_id}:".encode() + digest)
+            whole.update(f"{record_id}:".encode() + digest)
         try:
             self._stream(split).write_batch(batch)
         except OSError as error:
@@ -148,8 +151,9 @@ class FolderWriter:
         return self._streams[split]
 
     def data_sha256(self) -> str:
-        """Hash of record ids, tokens and scores added so far, in the order added."""
-        return self._digest.hexdigest()
+        """Hash of the record ids, tokens and scores of each split, in the order added to it."""
+        parts = [f"{split}:{digest.hexdigest()}\n" for split, digest in sorted(self._digests.items())]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def finish(self, manifest: Manifest, extra_files: dict[str, str] | None = None) -> None:
         """Close the shards, write the manifest last, and put the folder in its place."""
@@ -211,8 +215,6 @@ def write_groups(
 
     The manifest's `records` and `data_sha256` are replaced by the true ones; returns the manifest as written.
     """
-    from dataclasses import replace
-
     width = len(manifest.dimensions) - 1
     with FolderWriter(folder, force) as writer:
         for split, groups in splits.items():
