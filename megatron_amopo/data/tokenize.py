@@ -12,25 +12,21 @@ done.
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from megatron_amopo.data.chat_template import ChatTemplate, Messages, TemplateRefusal
+from megatron_amopo.data.encoding import MARK, TextEncoder
 from megatron_amopo.data.groups import TokenizedGroup, TokenizerFingerprint
 from megatron_amopo.data.problems import RecordProblem
 from megatron_amopo.errors import DataError
 
 __all__ = ["ChatTokenizer", "TokenizedGroup", "TokenizerFingerprint", "TokenizerSource", "tokenizer_fingerprint"]
 
-# A Unicode noncharacter stands for control tokens' names found in the text while the template renders it.
-_MARK = "\ufdd0"
-_MARKED = re.compile(f"{_MARK}([0-9]+){_MARK}")
 _PROBES = ("Why is the sky blue?", "Because of Rayleigh scattering.", "  42 ")
 
 
@@ -112,23 +108,13 @@ class ChatTokenizer:
 
     def __init__(self, source: TokenizerSource) -> None:
         self.source = source
-        self._backend = Tokenizer.from_str(source.backend)
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._encoder = TextEncoder(source.backend)
         self._template = ChatTemplate(source.template, dict(source.special_tokens))
-        added = self._backend.get_added_tokens_decoder()
-        self._added = {token.content: int(index) for index, token in added.items()}
-        self._special = [token.content for token in added.values() if token.special]
-        self._anchor = ""
         self._probe()
-        self._finder = re.compile("|".join(re.escape(text) for text in sorted(self._special, key=len, reverse=True)))
-        self._backend.encode_special_tokens = True
-        self._as_text = dict(zip(self._special, self._encode(self._special, inner=True), strict=True))
-        self._backend.encode_special_tokens = False
 
     def fingerprint(self) -> TokenizerFingerprint:
         """Identity of this tokenizer: hashes of vocabulary (ids and texts) and template."""
-        vocab = sorted((index, text) for text, index in self._backend.get_vocab(with_added_tokens=True).items())
+        vocab = sorted((index, text) for text, index in self._encoder.backend.get_vocab(with_added_tokens=True).items())
         return TokenizerFingerprint(
             vocab_sha256=hashlib.sha256(json.dumps(vocab).encode()).hexdigest(),
             template_sha256=hashlib.sha256(self.source.template.encode()).hexdigest(),
@@ -154,19 +140,20 @@ class ChatTokenizer:
     def encode(self, prompts: Sequence[Messages], chosen: str, rejected: str) -> EncodedRecord:
         """Encode D conversations (each ends with the user's turn) and two responses. Raises RecordProblem."""
         conversations = [
-            [{"role": m["role"], "content": self._mark(m["content"])} for m in prompt] for prompt in prompts
+            [{"role": m["role"], "content": self._encoder.mark(m["content"])} for m in prompt] for prompt in prompts
         ]
-        responses = [self._mark(chosen), self._mark(rejected)]
+        responses = [self._encoder.mark(chosen), self._encoder.mark(rejected)]
         try:
             texts = [self._template.render(prompt, generation_prompt=True) for prompt in conversations]
             spans = [self._response_text(conversations[0], texts[0], response) for response in responses]
         except TemplateRefusal as error:
             raise RecordProblem("template_refused", str(error)) from error
-        marked = any(_MARK in text for text in (*texts, *spans))
-        ids = self._encode_marked(texts, spans) if marked else self._encode(texts) + self._encode(spans, inner=True)
-        if any(span[-1] != self.end_of_turn_id for span in ids[-2:]):
+        encoded_prompts = self._encoder.encode(texts)
+        encoded_chosen, encoded_rejected = self._encoder.encode(spans, inner=True)
+        if encoded_chosen[-1] != self.end_of_turn_id or encoded_rejected[-1] != self.end_of_turn_id:
             raise RecordProblem("template_refused", "the response doesn't end in the end-of-turn token")
-        return EncodedRecord(tuple(ids[:-2]), ids[-2], ids[-1], marked)
+        marked = any(MARK in text for text in (*texts, *spans))
+        return EncodedRecord(tuple(encoded_prompts), encoded_chosen, encoded_rejected, marked)
 
     def _response_text(self, conversation: Messages, prompt: str, response: str) -> str:
         full = self._template.render(
@@ -175,38 +162,6 @@ class ChatTokenizer:
         if not (full.startswith(prompt) and full.endswith(self._closing + self._after_closing)):
             raise RecordProblem("template_refused", "the rendered response doesn't continue the rendered prompt")
         return full[len(prompt) : len(full) - len(self._after_closing)]
-
-    def _mark(self, text: str) -> str:
-        """Replace control tokens' names by marks, so that no text can open or close a turn."""
-        if _MARK in text:
-            raise RecordProblem("special_token_text", "contains the noncharacter U+FDD0")
-        if not self._special:
-            return text
-        return self._finder.sub(lambda match: f"{_MARK}{self._special.index(match[0])}{_MARK}", text)
-
-    def _encode_marked(self, texts: Sequence[str], spans: Sequence[str]) -> list[np.ndarray]:
-        result = []
-        for number, text in enumerate((*texts, *spans)):
-            plain = _MARKED.split(text)[::2]
-            names = [self._special[int(index)] for index in _MARKED.findall(text)]
-            pieces = [*self._encode(plain[:1], inner=number >= len(texts)), *self._encode(plain[1:], inner=True)]
-            for name in names:
-                if np.isin(self._as_text[name], list(self._added.values())).any():
-                    raise RecordProblem("special_token_text", f"contains {name!r}")
-            between = [self._as_text[name] for name in names]
-            ordered = [pieces[0]]
-            for name_ids, piece in zip(between, pieces[1:], strict=True):
-                ordered += [name_ids, piece]
-            result.append(np.concatenate(ordered))
-        return result
-
-    def _encode(self, texts: Sequence[str], inner: bool = False) -> list[np.ndarray]:
-        """Encode texts; `inner` ones continue a sequence, so what a tokenizer puts in front of a first word must not
-        appear.
-        """
-        anchor = self._anchor if inner else ""
-        encodings = self._backend.encode_batch_fast([anchor + text for text in texts], add_special_tokens=False)
-        return [np.array(encoding.ids[bool(anchor) :], dtype=np.int32) for encoding in encodings]
 
     def _probe(self) -> None:
         """Learn how the template closes a turn and how the tokenizer continues a text, from conversations of our
@@ -225,29 +180,13 @@ class ChatTokenizer:
                 f"{where}: its chat template doesn't continue its own generation prompt, so responses have no start"
             )
         ending = full[full.rindex(answer) + len(answer) :]
-        places = [(ending.index(text), -len(text), text) for text in self._added if text in ending]
+        places = [(ending.index(text), -len(text), text) for text in self._encoder.added if text in ending]
         if not places:
             raise DataError(f"{where}: its chat template closes the assistant's turn without a token of its own")
         start, _, token = min(places)
-        self.end_of_turn_id = self._added[token]
+        self.end_of_turn_id = self._encoder.added[token]
         self._closing = ending[: start + len(token)]
         self._after_closing = ending[start + len(token) :]
-        self._anchor = self._find_anchor(prompt, token)
-        self.header = self._encode([prompt[prompt.rindex(question) + len(question) :]], inner=True)[0]
-
-    def _find_anchor(self, prompt: str, token: str) -> str:
-        """The text to put in front of a continuation so that encoding it alone equals encoding it in place: none for
-        byte-level tokenizers, a control token for those that put a space before a first word.
-        """
-        answers = [answer + token for answer in _PROBES]
-        whole = self._encode([prompt + answer for answer in answers])
-        start = self._encode([prompt])[0]
-        for self._anchor in ("", token):
-            parts = self._encode(answers, inner=True)
-            if all(
-                np.array_equal(np.concatenate([start, part]), full) for part, full in zip(parts, whole, strict=True)
-            ):
-                return self._anchor
-        raise DataError(
-            f"--tokenizer {self.source.name}: joins a response's first characters with the prompt's last; not supported"
-        )
+        if not self._encoder.settle(prompt, [text + token for text in _PROBES], token):
+            raise DataError(f"{where}: joins a response's first characters with the prompt's last; not supported")
+        (self.header,) = self._encoder.encode([prompt[prompt.rindex(question) + len(question) :]], inner=True)

@@ -1,6 +1,7 @@
 """Every format: found by itself, and its fields read from the right places."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from megatron_amopo.errors import DataError
 
 USER = [{"role": "user", "content": "P"}]
 
-EXAMPLES = {
+EXAMPLES: dict[str, dict[str, Any]] = {
     "native": {
         "prompt": "P",
         "chosen": {"content": "C", "scores": {"a": 5}},

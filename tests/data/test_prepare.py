@@ -228,7 +228,7 @@ def row(prompt, response, a, b):
 
 
 def test_rows_are_paired_by_prompt_even_when_scattered(prepared, tmp_path):
-    said = []
+    said: list[str] = []
     table = [row("P", "p low", 1, 2), row("Q", "q high", 5, 5), row("P", "p high", 4, 4), row("R", "alone", 3, 3)]
     table += [
         "{",
