@@ -9,6 +9,8 @@ import importlib.metadata
 import itertools
 import multiprocessing
 import os
+import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -40,6 +42,8 @@ from megatron_amopo.errors import ConfigError, DataError
 _CHUNK_UNITS = 128
 _CHUNK_BYTES = 1 << 20
 _DETECT_FROM = 20
+# A fork would copy the locks of whatever threads the parent runs.
+_SPAWN = multiprocessing.get_context("spawn")
 _TRAIN, _VALIDATION = "train", "validation"
 
 
@@ -106,8 +110,10 @@ class _Input:
 
 
 def default_workers() -> int:
-    """One per CPU that this process may use, at most 8 (a worker takes some 200 MiB)."""
-    return min(8, len(os.sched_getaffinity(0)))
+    """One per CPU that this process may use, at most 6: a worker takes some 260 MiB, and all together should stay
+    below 2 GiB.
+    """
+    return min(6, len(os.sched_getaffinity(0)))
 
 
 def prepare(
@@ -137,7 +143,7 @@ def prepare(
         cutoff_rule=options.cutoff_rule,
     )
     with FolderWriter(options.output, options.force) as writer:
-        source = TokenizerSource.load(options.tokenizer)
+        source = _load_tokenizer(options)
         tokenizer = ChatTokenizer(source)
         _check_prompts(tokenizer, style, options)
         report = Report(options.dimensions, {each.label: each.format for each in inputs})
@@ -261,6 +267,20 @@ def _choose_rule(
     return options.choose or "given"
 
 
+def _load_tokenizer(options: PrepareOptions) -> TokenizerSource:
+    """Load the tokenizer; where memory counts, in a process that ends afterwards: transformers brings torch along,
+    and this process would hold their several hundred MiB throughout.
+    """
+    if options.workers == 1 or "transformers" in sys.modules:
+        return TokenizerSource.load(options.tokenizer)
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(1, _SPAWN, signal.signal, ignore_interrupts) as pool:
+        try:
+            return pool.submit(TokenizerSource.load, options.tokenizer).result()
+        except BrokenProcessPool as error:
+            raise DataError(f"--tokenizer {options.tokenizer}: the process that loaded it died") from error
+
+
 def _check_prompts(tokenizer: ChatTokenizer, style: PromptStyle, options: PrepareOptions) -> None:
     """Raise ConfigError where the chat template refuses or leaves out the dimension prompts."""
     probe = [{"role": "user", "content": "?"}]
@@ -298,8 +318,7 @@ def _results(
         for chunk in chunks:
             yield chunk, runner(chunk)
         return
-    # 'spawn': a fork would copy the threads' locks of whatever the parent has loaded.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), worker.start, (source, rules))
+    pool = ProcessPoolExecutor(workers, _SPAWN, worker.start, (source, rules))
     pending: deque[tuple[Chunk, Future[ChunkResult]]] = deque()
     try:
         for chunk in chunks:
