@@ -7,8 +7,7 @@ but not to prefer: on held-out pairs its preference accuracy stays near one half
 Takes prepared data (``tools/prepare_preferences.py``) and a tokenizer folder; gives a normal Hugging Face model folder
 (config, safetensors, generation config, tokenizer).
 
-    python examples/make_tiny_model.py --data runs/demo/prepared --tokenizer runs/demo/tokenizer --output
-    runs/demo/hf-tiny
+    python examples/make_tiny_model.py --data DATA --tokenizer TOKENIZER --output DIR
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 if __name__ == "__main__":
@@ -38,6 +36,7 @@ from megatron_amopo.data.dataset import PreparedGroups
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, POSITIONS = 4, 128, 256, 4, 2, 512
 INITIAL_STD = 0.05  # larger than the usual 0.02: so narrow a model learns far faster from it
 WARMUP_STEPS, FINAL_LR_SHARE = 20, 0.1
+REPORT_EVERY = 10  # steps
 
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]  # prompt, chosen and rejected ids
 
@@ -130,7 +129,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     losses = []
     model.train()
-    for step in tqdm(range(steps), desc="fitting", unit="step", disable=None):
+    for step in range(steps):
         decay = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * (1 + math.cos(math.pi * step / steps)) / 2
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr * min(1.0, (step + 1) / WARMUP_STEPS) * decay
@@ -145,6 +144,8 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        if (step + 1) % REPORT_EVERY == 0:
+            print(f"step {step + 1}/{steps} | loss {losses[-1]:.3f} nats per token", flush=True)
     return losses
 
 
