@@ -1,6 +1,7 @@
 """Preference data: from the files people have to the token groups that training reads.
 
-raw file -> sources.py -> formats.py -> records.py -> prompts.py -> tokenize.py -> shards.py -> dataset.py
+raw file -> sources.py -> formats.py -> records.py -> prompts.py -> tokenize.py -> cutting.py -> shards.py ->
+dataset.py
 
 `prepare.py` runs that chain in parallel and writes a folder (Arrow shards and a manifest); `dataset.py` opens the
 folder again. Nothing here knows Megatron or needs torch, so data can be prepared on a machine that has neither.

@@ -8,9 +8,9 @@ share them.
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from megatron_amopo.data.problems import RecordProblem
 
@@ -22,13 +22,13 @@ _CACHED_CHARACTERS = 4096
 
 
 class TextEncoder:
-    """An encoder from the text of a tokenizer.json. Its truncation, padding and automatic tokens are switched off.
+    """An encoder around `backend`, a `tokenizers.Tokenizer` of its own: truncation and padding are switched off there.
 
     `added` maps the texts of added tokens (control tokens among them) to their ids.
     """
 
-    def __init__(self, backend: str) -> None:
-        self.backend = Tokenizer.from_str(backend)
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
         self.backend.no_truncation()
         self.backend.no_padding()
         tokens = self.backend.get_added_tokens_decoder()

@@ -41,8 +41,8 @@ def units_of(path: Path, label: str, format_name: str) -> Iterator[tuple[RawItem
 def _prompt_key(item: RawItem) -> bytes | None:
     try:
         prompt = parse_json(item.raw).get("prompt")
-    except RecordProblem:
+        if not prompt:
+            return None
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()[:16]
+    except (RecordProblem, RecursionError):
         return None
-    if not prompt:
-        return None
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()[:16]

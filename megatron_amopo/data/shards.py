@@ -165,8 +165,12 @@ class FolderWriter:
             if self.folder.exists():
                 old = self.folder.with_name(f"{self.folder.name}.old-{os.getpid()}")
                 self.folder.rename(old)
-                self.partial.rename(self.folder)
-                shutil.rmtree(old)
+                try:
+                    self.partial.rename(self.folder)
+                except OSError:
+                    old.rename(self.folder)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
             else:
                 self.partial.rename(self.folder)
         except OSError as error:

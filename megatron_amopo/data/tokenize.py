@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from megatron_amopo.data.chat_template import ChatTemplate, Messages, TemplateRefusal
 from megatron_amopo.data.encoding import MARK, TextEncoder
@@ -27,6 +28,8 @@ from megatron_amopo.errors import DataError
 
 __all__ = ["ChatTokenizer", "TokenizedGroup", "TokenizerFingerprint", "TokenizerSource", "tokenizer_fingerprint"]
 
+# transformers makes an empty tokenizer of a folder that has a model's config.json alone.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _PROBES = ("Why is the sky blue?", "Because of Rayleigh scattering.", "  42 ")
 
 
@@ -50,6 +53,8 @@ class TokenizerSource:
             raise DataError(
                 f"--tokenizer {folder}: there is no such folder (name a local Hugging Face tokenizer or model folder)"
             )
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise DataError(f"--tokenizer {folder}: holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
         from transformers import AutoTokenizer  # takes seconds: only here
 
         try:
@@ -108,7 +113,7 @@ class ChatTokenizer:
 
     def __init__(self, source: TokenizerSource) -> None:
         self.source = source
-        self._encoder = TextEncoder(source.backend)
+        self._encoder = TextEncoder(Tokenizer.from_str(source.backend))
         self._template = ChatTemplate(source.template, dict(source.special_tokens))
         self._probe()
 

@@ -88,6 +88,9 @@ class ChunkRunner:
                 issues += issues_of(problem)
                 issues.append(Issue("dropped", problem.reason, source, problem.detail))
                 continue
+            except RecursionError:
+                issues.append(Issue("dropped", "malformed_json", source, "nested too deeply"))
+                continue
             for record in records:
                 try:
                     self._add(record, rows, issues)

@@ -13,7 +13,9 @@ from tests.data.conftest import SPECIAL
 
 @pytest.fixture
 def backend(tokenizer_dir):
-    return (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
 
 
 def settled(backend):
@@ -42,11 +44,10 @@ def test_pieces_equal_the_whole(backend, monkeypatch):
 
 
 def test_a_tokenizer_whose_control_tokens_take_spaces_along_is_not_cut(backend):
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
-    changed = Tokenizer.from_str(backend)
-    changed.add_special_tokens([AddedToken("<|pad|>", lstrip=True, rstrip=True, normalized=False, special=True)])
-    encoder = settled(changed.to_str())
+    backend.add_special_tokens([AddedToken("<|pad|>", lstrip=True, rstrip=True, normalized=False, special=True)])
+    encoder = settled(backend)
     text = "<|im_start|>a  <|pad|>  b<|im_end|>"
     assert encoder.encode([text])[0].tolist() == encoder.backend.encode(text, add_special_tokens=False).ids
 
@@ -69,6 +70,6 @@ def test_a_name_that_has_no_spelling_of_its_own_is_refused(backend):
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(["stop"])  # the characters s, t, o, p encode to the control token, too
     with pytest.raises(RecordProblem, match="contains 'stop'"):
-        TextEncoder(words.to_str()).mark("go stop go")
+        TextEncoder(words).mark("go stop go")
     with pytest.raises(RecordProblem, match="FDD0"):
         settled(backend).mark(f"x{MARK}")

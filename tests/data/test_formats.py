@@ -1,12 +1,15 @@
 """Every format: found by itself, and its fields read from the right places."""
 
 import json
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from megatron_amopo.data.formats import FORMATS, detect, parse_json
-from megatron_amopo.data.problems import RecordProblem
+from megatron_amopo.data.problems import FAULTS, SELECTED_OUT, RecordProblem
+from megatron_amopo.data.records import RecordRules, build_records
 from megatron_amopo.data.sources import RawItem
 from megatron_amopo.errors import DataError
 
@@ -149,3 +152,51 @@ def test_records_that_lack_the_format(kind, record, reason):
     with pytest.raises(RecordProblem) as problem:
         FORMATS[kind].read(record, "f:1")
     assert problem.value.reason == reason
+
+
+JUNK: list[Any] = [
+    None,
+    "",
+    "x",
+    "\0",
+    "\ud800",
+    0,
+    -1,
+    2.5,
+    float("nan"),
+    10**400,
+    True,
+    [],
+    [[]],
+    {},
+    {"role": "user"},
+    b"raw",
+]
+
+
+def with_junk(value: Any, rng: random.Random) -> Any:
+    """The same structure with some values replaced and some fields gone."""
+    if rng.random() < 0.15:
+        return rng.choice(JUNK)
+    if isinstance(value, dict):
+        return {key: with_junk(each, rng) for key, each in value.items() if rng.random() > 0.05}
+    return [with_junk(each, rng) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_junk_gives_reasons_and_nothing_else(name):
+    rng = random.Random(name)
+    kind = name.split(",")[0]
+    choose: Any = "given" if FORMATS[kind].ordered else "sum"
+    rules = RecordRules(("a",), (1.0, 5.0), (1.0, 5.0), choose, {}, "best-worst")
+    counts: Counter[str] = Counter()
+    for _ in range(3000):
+        record = {key: with_junk(value, rng) for key, value in EXAMPLES[name].items()}
+        try:
+            build_records(FORMATS[kind].read(record, "f:1"), rules)
+            counts["fine"] += 1
+        except RecordProblem as problem:
+            counts[problem.reason] += 1
+    assert counts.keys() <= FAULTS.keys() | SELECTED_OUT.keys() | {"fine"}
+    assert len(counts) > 4
+    assert counts["fine"]

@@ -70,7 +70,7 @@ def test_a_file_of_ones_own(tmp_path):
         "descriptions: {zest: 'It asks for {life}.'}\n"
     )
     style = PromptStyle.load(path)
-    assert style.scale == (0, 10)
+    assert style.scale == (0.0, 10.0)
     assert style.texts(["zest"], [7]) == (
         "Mind zest.",
         "Mind zest. It asks for {life}. From 0 to 10. Aim at 7/10.",

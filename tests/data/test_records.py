@@ -98,7 +98,7 @@ def test_a_missing_score_says_which_there_are():
 def test_repairs_are_said():
     (record,), issues = build_records(pair(chosen="C\0\0", chosen_scores=("5", " 4.0 ")), rules())
     assert record.chosen == "C"
-    assert record.chosen_scores == (5, 4)
+    assert record.chosen_scores == (5.0, 4.0)
     assert [issue.reason for issue in issues] == ["nul_removed", "score_as_text", "score_as_text"]
 
 
@@ -106,13 +106,13 @@ def test_scales():
     assert [map_score(score, (0, 4), (1, 5)) for score in range(5)] == [1, 2, 3, 4, 5]
     assert map_score(7.3, (0, 10), (0, 10)) == 7.3
     (record,), _ = build_records(pair(chosen_scores=(0, 4)), rules(source_scale=(0.0, 4.0)))
-    assert record.chosen_scores == (1, 5)
+    assert record.chosen_scores == (1.0, 5.0)
 
 
 def test_sum_puts_the_better_total_first_and_drops_ties():
     (record,), _ = build_records(pair(chosen_scores=(1, 2), rejected_scores=(2, 2)), rules(choose="sum"))
     assert (record.chosen, record.rejected) == ("R", "C")
-    assert record.chosen_scores == (2, 2)
+    assert record.chosen_scores == (2.0, 2.0)
     assert reason_of(pair(chosen_scores=(1, 3), rejected_scores=(2, 2)), choose="sum") == "tie"
 
 

@@ -212,5 +212,9 @@ def test_fingerprints(tokenizer_dir, tmp_path):
 def test_folders_that_hold_no_tokenizer(tmp_path):
     with pytest.raises(DataError, match="there is no such folder"):
         TokenizerSource.load(tmp_path / "none")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        TokenizerSource.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=f"--tokenizer {tmp_path}: transformers can't load it"):
         TokenizerSource.load(tmp_path)
