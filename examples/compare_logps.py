@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=1e-5,
         help="largest difference allowed, nats per token (default: %(default)s)",
     )
+    parser.add_argument("--records", type=int, metavar="N", help="compare the first N records (default: all)")
     parser.add_argument("--batch", type=int, default=64, help="sequences per forward pass (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -100,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     groups = PreparedGroups.open(options.data, "validation")
     responses = list(read_responses(groups, options.logps))
+    if options.records is not None:
+        responses = responses[: options.records * len(groups.dimensions) * len(SIDES)]
     if not responses:
         parser.error(f"--logps {options.logps}: no lines")
     model = AutoModelForCausalLM.from_pretrained(str(options.model)).float().eval()
@@ -108,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for one, ours in zip(batch, sum_logps(model, batch).tolist(), strict=True):
             difference = abs(ours - one.megatron) / len(one.response)
             count += 1
-            if not difference <= worst:  # a NaN counts as the worst there is
+            if math.isnan(difference) or difference > worst:  # nothing is worse than a NaN: once there, it stays
                 worst, worst_at = difference, one.where
         if count % (8 * options.batch) < options.batch:
             print(f"step {count}/{len(responses)}", flush=True)

@@ -91,19 +91,22 @@ def _accuracy(evaluation: Evaluation, dimension: str) -> float:
     return evaluation.metrics[f"accuracy/{dimension}"]
 
 
-def figures_table(run: RunMetrics, records: int) -> Table:
-    """Margin, accuracy and weight of each dimension on the held-out records, before and after."""
+def figures_table(run: RunMetrics, records: int, sampled: Mapping[str, tuple[float, float]]) -> Table:
+    """Each dimension before and after training: margin, accuracy and weight on the held-out records, and ``sampled``,
+    the mean rule scores of answers that the model before and the model after gave itself.
+    """
     table = Table(
-        title=f"{records} held-out records, before training and after {run.after.iteration} steps", title_justify="left"
+        title=f"Before training → after {run.after.iteration} steps; {records} held-out records", title_justify="left"
     )
-    table.add_column("dimension", no_wrap=True)
-    for heading in ("margin\n(nats per token)", "preference accuracy\n(% of records)", "weight\n(share of the loss)"):
+    table.add_column("dimension")
+    for heading in ("margin,\nnats/token", "preference\naccuracy, %", "weight,\nfraction", "own answers,\nscore 1-5"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in run.dimensions:
         cells = []
-        for kind, scale, form in (("margin", 1, "+.3f"), ("accuracy", 100, ".1f"), ("weight", 1, ".3f")):
+        for kind, scale, form in (("margin", 1, "+.2f"), ("accuracy", 100, ".1f"), ("weight", 1, ".3f")):
             before, after = (scale * evaluation.metrics[f"{kind}/{name}"] for evaluation in (run.before, run.after))
             cells.append(f"{before:{form}} → {after:{form}}")
+        cells.append("{:.2f} → {:.2f}".format(*sampled[name]) if name in sampled else "")
         table.add_row(name.replace("_", " "), *cells)
     return table
 
@@ -121,55 +124,87 @@ def _loss(run: RunMetrics, folder: Path) -> Path:
     axes.plot(run.steps, _smooth(run.training["loss"]), color=COLOURS[1], lw=2.2, label="training, running mean")
     held_out = [evaluation.metrics["loss"] for evaluation in (run.before, run.after)]
     axes.plot([0, run.after.iteration], held_out, "o", color=COLOURS[2], ms=9, label="held out, before and after")
-    for x, value, side in ((0, held_out[0], "left"), (run.after.iteration, held_out[1], "right")):
-        axes.annotate(f"{value:.2f}", (x, value), (0, 9), textcoords="offset points", ha=side, color=COLOURS[2])
-    axes.set(title="AMoPO loss", ylabel="loss (nats per record)")
+    for x, value in ((0, held_out[0]), (run.after.iteration, held_out[1])):
+        axes.annotate(f"{value:.2f}", (x, value), (9, 6), textcoords="offset points", color=COLOURS[2], weight="bold")
+    axes.margins(x=0.1)
+    axes.set(title="AMoPO loss, with the SFT term", ylabel="loss (nats per record)")
     axes.set_ylim(bottom=0)
-    return _finish(figure, axes, folder / "loss.png")
+    _step_axis(axes)
+    axes.legend(frameon=False, fontsize=10)
+    return _save(figure, folder / "loss.png")
 
 
 def _preferences(run: RunMetrics, folder: Path) -> Path:
-    figure, (margins, accuracies) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    _per_dimension(run, margins, "margin")
-    margins.axhline(0, color="black", lw=0.8)
-    margins.set(title="margin: chosen above rejected", ylabel="margin (nats per token)")
-    _per_dimension(run, accuracies, "accuracy")
-    accuracies.axhline(0.5, color="black", lw=0.8, ls=":")
-    accuracies.set(title="preference accuracy", ylabel="records with chosen above rejected", ylim=(0.3, 1.0))
-    accuracies.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.suptitle("lines: training batches, running mean   ●: held-out records, before and after", fontsize=10)
-    return _finish(figure, margins, folder / "preferences.png", also=accuracies)
+    figure, ((margin_lines, accuracy_lines), (margin_bars, accuracy_bars)) = plt.subplots(
+        2, 2, figsize=(11, 8), layout="constrained"
+    )
+    _lines(run, margin_lines, "margin")
+    margin_lines.set(title="Margin while training (batches, running mean)", ylabel="margin (nats per token)")
+    margin_lines.legend(frameon=False, fontsize=10)
+    _lines(run, accuracy_lines, "accuracy")
+    accuracy_lines.set(title="Preference accuracy while training (batches, running mean)", ylim=(0.3, 1.0))
+    _bars(run, margin_bars, "margin", "{:+.2f}")
+    margin_bars.set(title="Margin on held-out records", ylabel="margin (nats per token)")
+    margin_bars.margins(y=0.12)
+    _bars(run, accuracy_bars, "accuracy", "{:.0%}")
+    accuracy_bars.set(title="Preference accuracy on held-out records", ylim=(0, 1.05))
+    accuracy_bars.legend(frameon=False, fontsize=10, loc="lower right", framealpha=1)
+    for axes in (accuracy_lines, accuracy_bars):
+        axes.axhline(0.5, color="black", lw=0.8, ls=":")
+        axes.set_ylabel("records with chosen above rejected")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return _save(figure, folder / "preferences.png")
 
 
 def _weights(run: RunMetrics, folder: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    _per_dimension(run, axes, "weight")
-    axes.axhline(1 / len(run.dimensions), color="black", lw=0.8, ls=":")
-    axes.set(title="adaptive weights: each dimension's share of the loss", ylabel="mean weight (fraction)")
-    return _finish(figure, axes, folder / "weights.png")
+    _lines(run, axes, "weight")
+    equal = 1 / len(run.dimensions)
+    axes.axhline(equal, color="black", lw=0.8, ls=":")
+    axes.annotate("equal weights", (0, equal), (0, -14), textcoords="offset points", fontsize=9)
+    axes.set(title="Adaptive weights: each dimension's share of the loss", ylabel="mean weight (fraction)")
+    axes.set_ylim(0.5 * equal, 1.5 * equal)
+    axes.legend(frameon=False, fontsize=10, ncols=2, loc="lower center", title="● held-out records, before and after")
+    return _save(figure, folder / "weights.png")
 
 
-def _per_dimension(run: RunMetrics, axes: Any, kind: str) -> None:
+def _lines(run: RunMetrics, axes: Any, kind: str) -> None:
+    """One line per dimension over the training steps, and its held-out figures as dots at both ends."""
     for number, name in enumerate(run.dimensions):
-        colour, style = COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
+        colour, line = COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
         values = _smooth(run.training[f"{kind}/{name}"])
-        axes.plot(run.steps, values, ls=style, color=colour, lw=2, label=name.replace("_", " "))
+        axes.plot(run.steps, values, ls=line, color=colour, lw=2, label=name.replace("_", " "))
         ends = [evaluation.metrics[f"{kind}/{name}"] for evaluation in (run.before, run.after)]
-        axes.plot([0, run.after.iteration], ends, "o", color=colour, ms=7)
+        axes.plot([0, run.after.iteration], ends, "o", color=colour, ms=6)
+    _step_axis(axes)
 
 
-def _smooth(values: np.ndarray, width: int = 9) -> np.ndarray:
+def _bars(run: RunMetrics, axes: Any, kind: str, form: str) -> None:
+    """Two bars per dimension, before and after, with their figures written on them."""
+    places = np.arange(len(run.dimensions))
+    for offset, evaluation, colour, label in (
+        (-0.2, run.before, "#b8b8b8", "before"),
+        (0.2, run.after, COLOURS[1], "after"),
+    ):
+        heights = [evaluation.metrics[f"{kind}/{name}"] for name in run.dimensions]
+        bars = axes.bar(places + offset, heights, 0.38, color=colour, label=label)
+        axes.bar_label(bars, [form.format(height) for height in heights], fontsize=9, padding=2)
+    axes.set_xticks(places, [name.replace("_", "\n") for name in run.dimensions])
+    axes.grid(axis="x", visible=False)
+
+
+def _smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
     """Mean over up to ``width`` neighbouring values, fewer at the ends."""
     reach = width // 2
     return np.array([values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))])
 
 
-def _finish(figure: Any, axes: Any, path: Path, also: Any = None) -> Path:
-    for each in (axes, also):
-        if each is not None:
-            each.set_xlabel("optimizer step")
-            each.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=10)
+def _step_axis(axes: Any) -> None:
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
