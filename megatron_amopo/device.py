@@ -7,6 +7,7 @@ state, so call it once, before Megatron builds anything. The rest of the package
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,11 +49,14 @@ def prepare() -> None:
     if _prepared:
         return
     _prepared = True
+    # Megatron insists on this for tensor parallelism, and it must be set before CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # torch first: Megatron decorates functions with torch.compile when it is imported.
     if not has_cuda():
         _redirect_torch()
         _redirect_megatron()
     _skip_compiling_present_helpers()
+    _let_plain_adam_be_resumed()
 
 
 @functools.cache
@@ -222,3 +226,43 @@ def _skip_compiling_present_helpers() -> None:
     except ImportError:
         return
     utils.compile_helpers = _returning(None)
+
+
+def _let_plain_adam_be_resumed() -> None:
+    """Without Transformer Engine and apex the distributed optimizer runs torch's Adam, whose state of a parameter has its step beside
+    the moments. Loading a checkpoint reads that step before the first step has made it, asks for it among the moments, and leaves one
+    tensor to all parameters, which torch's Adam would then count up once for each."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    read, load = optimizer_class.state_dict, optimizer_class.load_state_dict
+    write = optimizer_class._set_main_param_and_optimizer_states
+
+    @functools.wraps(read)
+    def state_dict(self: Any) -> dict[str, Any]:
+        if not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        return read(self)
+
+    @functools.wraps(load)
+    def load_state_dict(self: Any, state: dict[str, Any]) -> None:
+        load(self, state)
+        for values in self.optimizer.state.values():
+            if "step" in values:
+                values["step"] = values["step"].clone()
+
+    @functools.wraps(write)
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        write(self, model_param, {"step": None, **tensors})
+
+    optimizer_class.state_dict = state_dict
+    optimizer_class.load_state_dict = load_state_dict
+    optimizer_class._set_main_param_and_optimizer_states = set_states

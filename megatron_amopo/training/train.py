@@ -1,6 +1,6 @@
 """The run: command line → Megatron's ``pretrain``, with our data, model, step and records put in.
 
-    torchrun --nproc-per-node 8 -m megatron_amopo.training.train --amopo-data DIR --pretrained-checkpoint DIR --save DIR …
+    torchrun --nproc-per-node 8 -m megatron_amopo.train --amopo-data DIR --pretrained-checkpoint DIR --save DIR …
 
 Every Megatron flag works unless it is refused by name (``checks.py``). This is the only file that knows the signatures of
 Megatron's training loop, which move between minor releases.
@@ -238,6 +238,3 @@ def _copy_hf_folder(source: Path, target: Path) -> None:
     shutil.copytree(source, partial)
     os.replace(partial, target)
 
-
-if __name__ == "__main__":
-    main()

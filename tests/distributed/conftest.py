@@ -1,0 +1,41 @@
+"""Ranks, a model and data for all distributed tests: made once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_amopo.checkpoint.convert import hf_to_megatron
+from tests.support.ranks import RankPool
+from tests.support.tiny import make_data, make_hf_model
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A tiny model in both formats and prepared data with three dimensions."""
+
+    hf: Path
+    hf_untied: Path
+    mcore: Path
+    mcore_untied: Path
+    data: Path
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    root = tmp_path_factory.mktemp("workplace")
+    place = Workplace(root / "hf", root / "hf_untied", root / "mcore", root / "mcore_untied", root / "data")
+    make_hf_model(place.hf)
+    make_hf_model(place.hf_untied, tied=False, seed=1)
+    hf_to_megatron(place.hf, place.mcore)
+    hf_to_megatron(place.hf_untied, place.mcore_untied)
+    make_data(place.data)
+    return place

@@ -1,0 +1,119 @@
+"""One result under every layout: first gradients, losses of five steps and weights after them equal one rank's, in float32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.jobs import metrics, train
+
+TOLERANCE = 1e-5
+STEPS = 5
+SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--lr", "0.05"]
+ADAM = ["--optimizer", "adam", "--lr", "1e-3"]
+# The distributed optimizer knows no SGD. Adam without momentum and with an epsilon far above any gradient is SGD of rate lr / eps.
+SGD_BY_ADAM = ["--optimizer", "adam", "--adam-beta1", "0", "--adam-eps", "1e3", "--lr", "50"]
+
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+LAYOUTS = {
+    "tp2": (2, TP2),
+    "pp2": (2, PP2),
+    "tp2-pp2": (4, TP2 + PP2),
+    "tp2-sp": (2, [*TP2, "--sequence-parallel"]),
+    "dp2": (2, []),
+    "dp2-distopt": (2, ["--use-distributed-optimizer"]),
+    "dp2-distopt-overlap": (2, ["--use-distributed-optimizer", "--overlap-grad-reduce"]),
+    "tp2-dp2": (4, TP2),
+    "pp2-vpp2": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
+    "micro-batch-4": (1, ["--micro-batch-size", "4"]),
+    "recompute": (1, ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]),
+}
+
+
+def flags(place, save: Path, *extra: str, tied: bool = True) -> list[str]:
+    return [
+        "--amopo-data", str(place.data),
+        "--pretrained-checkpoint", str(place.mcore if tied else place.mcore_untied),
+        "--tensorboard-dir", str(save),
+        "--micro-batch-size", "1", "--global-batch-size", "8", "--train-iters", str(STEPS), "--log-interval", "1",
+        "--lr-decay-style", "constant", "--weight-decay", "0", "--clip-grad", "0.5", "--amopo-eval-at-start", "--amopo-ftx-gamma", "0.1",
+        *extra,
+    ]  # fmt: skip
+
+
+def relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of all tensors over the norm of the expected ones; a padded vocabulary counts as far as it is filled."""
+    assert actual.keys() == expected.keys()
+    difference = total = 0.0
+    for name, reference in expected.items():
+        tensor = actual[name]
+        if tensor.shape != reference.shape:
+            rows = min(tensor.shape[0], reference.shape[0])
+            assert tensor.shape[1:] == reference.shape[1:]
+            tensor, reference = tensor[:rows], reference[:rows]
+        difference += (tensor.double() - reference.double()).square().sum().item()
+        total += reference.double().square().sum().item()
+    return (difference / total) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks, workplace, tmp_path_factory):
+    """Runs of one rank, by (tied, optimizer), each made once."""
+    runs = {}
+
+    def get(*, tied: bool, optimizer: list[str]):
+        key = (tied, tuple(optimizer))
+        if key not in runs:
+            save = tmp_path_factory.mktemp("one-rank")
+            runs[key] = (ranks.run(train, 1, flags(workplace, save, *optimizer, tied=tied))[0], save)
+        return runs[key]
+
+    return get
+
+
+def check(run, save, reference, reference_save):
+    for kind in ("gradients", "weights"):
+        actual, expected = getattr(run, kind), getattr(reference, kind)
+        assert not any(tensor.isnan().any() for tensor in actual.values())
+        assert relative_error(actual, expected) <= TOLERANCE, kind
+    check_metrics(save, reference_save)
+
+
+def check_metrics(save, reference_save):
+    timing = {"records_per_s", "tokens_per_s"}
+    for split, count in (("train", STEPS), ("validation", 2)):
+        actual, expected = metrics(save, split), metrics(reference_save, split)
+        assert len(actual) == len(expected) == count
+        for step, reference_step in zip(actual, expected, strict=True):
+            for name in reference_step.keys() - timing:
+                assert step[name] == pytest.approx(reference_step[name], rel=TOLERANCE, abs=1e-6), (split, name)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_rank(name, ranks, workplace, one_rank, tmp_path):
+    num_ranks, layout = LAYOUTS[name]
+    optimizer = SGD_BY_ADAM if "--use-distributed-optimizer" in layout else SGD
+    reference, reference_save = one_rank(tied=True, optimizer=optimizer)
+    run = ranks.run(train, num_ranks, flags(workplace, tmp_path, *optimizer, *layout))[0]
+    check(run, tmp_path, reference, reference_save)
+    moved = {key: run.weights[key] - run.gradients[key] for key in run.weights}
+    assert relative_error(moved, run.weights) > 1e-3  # the gradient is not so small that anything would pass
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2", "tp2-sp"])
+def test_untied_embeddings(name, ranks, workplace, one_rank, tmp_path):
+    num_ranks, layout = LAYOUTS[name]
+    reference, reference_save = one_rank(tied=False, optimizer=SGD)
+    run = ranks.run(train, num_ranks, flags(workplace, tmp_path, *SGD, *layout, tied=False))[0]
+    assert "output_layer.weight" in run.weights
+    check(run, tmp_path, reference, reference_save)
+
+
+@pytest.mark.parametrize("name", ["tp2-pp2", "dp2-distopt"])
+def test_losses_with_adam(name, ranks, workplace, one_rank, tmp_path):
+    num_ranks, layout = LAYOUTS[name]
+    _, reference_save = one_rank(tied=True, optimizer=ADAM)
+    ranks.run(train, num_ranks, flags(workplace, tmp_path, *ADAM, *layout))
+    for step, reference in zip(metrics(tmp_path), metrics(reference_save), strict=True):
+        assert step["loss"] == pytest.approx(reference["loss"], rel=TOLERANCE)

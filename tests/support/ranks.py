@@ -1,0 +1,100 @@
+"""Gloo ranks for tests: spawned once, used for many layouts.
+
+Importing Megatron takes seconds per process, so the ranks live as long as the pool. A job is a function of this repository that runs
+on the first n ranks, each with its environment set as torchrun would; what it returns on each rank comes back.
+"""
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.multiprocessing as mp
+
+JOB_TIMEOUT_S = 120
+
+
+class RankPool:
+    """``size`` processes waiting for jobs."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(self._size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(rank, theirs), daemon=False)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def run(self, job: Callable[..., Any], num_ranks: int, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run ``job(*args, **kwargs)`` on the first ``num_ranks`` ranks; the results by rank.
+
+        Raises:
+            RuntimeError: with the traceback of the first rank that failed; all ranks are then started anew for the next job.
+        """
+        if not self._processes[0].is_alive():
+            self._start()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        chosen = self._connections[:num_ranks]
+        for connection in chosen:
+            connection.send((job, args, kwargs, num_ranks, port))
+        results: dict[int, Any] = {}
+        deadline = time.monotonic() + JOB_TIMEOUT_S
+        while len(results) < num_ranks:
+            missing = [connection for rank, connection in enumerate(chosen) if rank not in results]
+            ready = wait(missing, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.close()
+                raise RuntimeError(f"{job.__name__} did not finish on {len(missing)} of {num_ranks} ranks in {JOB_TIMEOUT_S} s")
+            for connection in ready:
+                rank = chosen.index(connection)  # type: ignore[arg-type]
+                ok, results[rank] = chosen[rank].recv()
+                if not ok:
+                    # The other ranks may wait for this one for ever.
+                    self.close()
+                    raise RuntimeError(f"{job.__name__} failed on rank {rank} of {num_ranks}:\n{results[rank]}")
+        return [results[rank] for rank in range(num_ranks)]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for connection, process in zip(self._connections, self._processes, strict=True):
+            if process.is_alive():
+                try:
+                    connection.send(None)
+                    process.join(timeout=5)
+                except OSError:
+                    pass
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _work(rank: int, connection: Connection) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    from megatron_amopo import device
+
+    device.prepare()
+    import torch
+
+    torch.set_num_threads(1)
+    while (message := connection.recv()) is not None:
+        job, args, kwargs, num_ranks, port = message
+        os.environ.update(
+            WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        try:
+            connection.send((True, job(*args, **kwargs)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
