@@ -27,11 +27,14 @@ _COUNTER = re.compile(rb"\bstep (\d+)/(\d+)\b")
 
 @dataclass(frozen=True)
 class Step:
-    """A command: short name (also of its log file), what it does in words, a guess of its seconds, the arguments."""
+    """A command: short name (also of its log file), what it does in words, a guess of its seconds, the file or folder
+    that it makes (without which it has failed, whatever its exit status), and the arguments.
+    """
 
     name: str
     title: str
     seconds: float
+    makes: Path | None
     command: Sequence[str]
 
 
@@ -95,7 +98,9 @@ def _run(
             if child.poll() is None:
                 _end(child)
     if child.returncode != 0:
-        raise StepFailed(_failure(step, log, child.returncode))
+        raise StepFailed(_failure(step, log, f"failed with status {child.returncode}"))
+    if step.makes is not None and not step.makes.exists():
+        raise StepFailed(_failure(step, log, f"ended without making {step.makes}"))
     return time.monotonic() - begun
 
 
@@ -120,8 +125,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _failure(step: Step, log: Path, status: int) -> str:
+def _failure(step: Step, log: Path, how: str) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
     tail = "\n".join(f"  | {line}" for line in lines) or "  | (no output)"
     command = shlex.join(step.command)
-    return f"error: '{step.title}' failed with status {status}; the end of {log}:\n{tail}\nIts command: {command}"
+    return f"error: '{step.title}' {how}; the end of {log}:\n{tail}\nIts command: {command}"

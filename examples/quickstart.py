@@ -54,7 +54,7 @@ def demo_steps(folder: Path, layout: str, train_steps: int) -> list[Step]:
         return [sys.executable, *text.split(), *(str(word) for word in more)]
 
     train = python(
-        f"-m torch.distributed.run --standalone --nproc-per-node {RANKS} -m megatron_amopo.training.train "
+        f"-m torch.distributed.run --standalone --nproc-per-node {RANKS} -m megatron_amopo.train "
         f"{LAYOUTS[layout]} --micro-batch-size 4 --global-batch-size {RECORDS_PER_STEP} --train-iters {train_steps} "
         "--lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0 --clip-grad 1 "
         f"--seed 1 --log-interval 1 --amopo-eval-at-start --finetune {OBJECTIVE}"
@@ -69,17 +69,25 @@ def demo_steps(folder: Path, layout: str, train_steps: int) -> list[Step]:
         train += [flag, str(path)]
 
     return [
-        Step("data", "generate preference data", 1, python("examples/data/generate_preferences.py --output", data)),
+        Step(
+            "data",
+            "generate preference data",
+            1,
+            data / "held_out.jsonl",
+            python("examples/data/generate_preferences.py --output", data),
+        ),
         Step(
             "tokenizer",
             "train a tokenizer",
             1,
+            tokenizer / "tokenizer.json",
             python("examples/data/train_tokenizer.py --data", data / "train.jsonl", "--output", tokenizer),
         ),
         Step(
             "prepare",
             "prepare prompts per dimension and tokens",
             8,
+            prepared / "manifest.json",
             python(
                 f"tools/prepare_preferences.py --dimensions {','.join(DIMENSIONS)} --cutoff-len 256 --validation-file",
                 *(data / "held_out.jsonl", "--prompts", prompts, "--tokenizer", tokenizer, "--output", prepared),
@@ -90,31 +98,36 @@ def demo_steps(folder: Path, layout: str, train_steps: int) -> list[Step]:
             "fit",
             "make a tiny Qwen2 that speaks the task",
             45,
+            tiny / "model.safetensors",
             python("examples/make_tiny_model.py --data", prepared, "--tokenizer", tokenizer, "--output", tiny),
         ),
         Step(
             "convert",
             "convert: Hugging Face to Megatron",
             5,
+            start / "hf",
             python("tools/convert_checkpoint.py hf-to-megatron", tiny, start),
         ),
-        Step("train", f"align with Megatron on {RANKS} ranks, {layout}", 75, train),
+        Step("train", f"align with Megatron on {RANKS} ranks, {layout}", 70, logps, train),
         Step(
             "export",
             "export: Megatron to Hugging Face",
             6,
+            aligned / "config.json",
             python("tools/convert_checkpoint.py megatron-to-hf", trained, aligned),
         ),
         Step(
             "check",
             "compare transformers with Megatron",
             12,
+            None,
             python("examples/compare_logps.py --records 100 --model", aligned, "--data", prepared, "--logps", logps),
         ),
         Step(
             "sample",
             "let both models answer, score by rule",
             12,
+            folder / SCORES,
             python(
                 *("examples/score_samples.py --model", tiny, "--model", aligned),
                 *("--data", data / "held_out.jsonl", "--json", folder / SCORES),

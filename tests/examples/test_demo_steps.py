@@ -26,8 +26,8 @@ def _run(steps: list[Step], folder: Path) -> str:
 
 def test_steps_run_in_order_with_a_log_each(tmp_path: Path) -> None:
     steps = [
-        Step("one", "write a file", 1, _python("open('made', 'w').write('x'); print('wrote')")),
-        Step("two", "read it", 1, _python("import sys; print(open('made').read(), file=sys.stderr)")),
+        Step("one", "write a file", 1, None, _python("open('made', 'w').write('x'); print('wrote')")),
+        Step("two", "read it", 1, None, _python("import sys; print(open('made').read(), file=sys.stderr)")),
     ]
     shown = _run(steps, tmp_path)
     assert (tmp_path / "logs/one.log").read_text() == "wrote\n"
@@ -40,7 +40,7 @@ def test_steps_run_in_order_with_a_log_each(tmp_path: Path) -> None:
 
 def test_a_failure_stops_and_shows_the_end_of_the_log(tmp_path: Path) -> None:
     code = "for n in range(99): print('line', n)\nraise SystemExit('the disk is full')"
-    steps = [Step("bad", "fail", 1, _python(code)), Step("next", "never", 1, _python("open('ran', 'w')"))]
+    steps = [Step("bad", "fail", 1, None, _python(code)), Step("next", "never", 1, None, _python("open('ran', 'w')"))]
     with pytest.raises(StepFailed) as failure:
         _run(steps, tmp_path)
     message = str(failure.value)
@@ -50,6 +50,14 @@ def test_a_failure_stops_and_shows_the_end_of_the_log(tmp_path: Path) -> None:
     assert "line 2\n" not in message
     assert str(tmp_path / "logs/bad.log") in message
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_step_that_makes_nothing_has_failed(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    _run([Step("good", "make it", 1, made, _python("open('made', 'w')"))], tmp_path)
+    made.unlink()
+    with pytest.raises(StepFailed, match=f"'make it' ended without making {made}"):
+        _run([Step("bad", "make it", 1, made, _python("print('all is well')"))], tmp_path)
 
 
 def test_an_interrupt_ends_the_step_and_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +75,7 @@ def test_an_interrupt_ends_the_step_and_its_children(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(demo_steps, "share_done", interrupt_when_started)
     with pytest.raises(KeyboardInterrupt):
-        _run([Step("long", "sleep", 1, _python(code))], tmp_path)
+        _run([Step("long", "sleep", 1, None, _python(code))], tmp_path)
     pid = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 10
     while _alive(pid) and time.monotonic() < deadline:
