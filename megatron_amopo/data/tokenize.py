@@ -55,14 +55,7 @@ class TokenizerSource:
             )
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
             raise DataError(f"--tokenizer {folder}: holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
-        from transformers import AutoTokenizer  # takes seconds: only here
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # transformers raises nearly anything for an incomplete folder
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"--tokenizer {folder}: transformers can't load it ({first_line})") from error
-        return cls.of(tokenizer, folder.resolve().name)
+        return cls.of(_load(folder), folder.resolve().name)
 
     @classmethod
     def of(cls, tokenizer: Any, name: str | None = None) -> "TokenizerSource":
@@ -80,6 +73,37 @@ class TokenizerSource:
             key: str(value) for key, value in tokenizer.special_tokens_map.items() if not isinstance(value, list)
         }
         return cls(backend.to_str(), template, tuple(sorted(special.items())), tokenizer.pad_token_id, name)
+
+
+def folder_vocabulary(folder: str | Path) -> str | None:
+    """The `vocab_sha256` of a model folder's tokenizer, which needs no chat template for it; None where there is no tokenizer.
+
+    Raises DataError where transformers can't load it.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    backend = getattr(_load(folder), "backend_tokenizer", None)
+    return None if backend is None else _vocabulary_sha256(backend)
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # takes seconds: only here
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises nearly anything for an incomplete folder
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"--tokenizer {folder}: transformers can't load it ({first_line})") from error
+
+
+def _vocabulary(backend: Tokenizer) -> list[tuple[int, str]]:
+    return sorted((index, text) for text, index in backend.get_vocab(with_added_tokens=True).items())
+
+
+def _vocabulary_sha256(backend: Tokenizer) -> str:
+    """Hash of ids and texts of all tokens."""
+    return hashlib.sha256(json.dumps(_vocabulary(backend)).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> TokenizerFingerprint:
@@ -119,11 +143,10 @@ class ChatTokenizer:
 
     def fingerprint(self) -> TokenizerFingerprint:
         """Identity of this tokenizer: hashes of vocabulary (ids and texts) and template."""
-        vocab = sorted((index, text) for text, index in self._encoder.backend.get_vocab(with_added_tokens=True).items())
         return TokenizerFingerprint(
-            vocab_sha256=hashlib.sha256(json.dumps(vocab).encode()).hexdigest(),
+            vocab_sha256=_vocabulary_sha256(self._encoder.backend),
             template_sha256=hashlib.sha256(self.source.template.encode()).hexdigest(),
-            vocab_size=vocab[-1][0] + 1,
+            vocab_size=_vocabulary(self._encoder.backend)[-1][0] + 1,
             end_of_turn_id=self.end_of_turn_id,
             pad_id=self.source.pad_id,
             name=self.source.name,

@@ -22,7 +22,7 @@ from megatron_amopo.errors import ConfigError
 from megatron_amopo.model.builder import ModelShape
 from megatron_amopo.model.logprobs import DEFAULT_CHUNK_ROWS
 from megatron_amopo.objectives import PAIRWISE_LOSSES, WEIGHTINGS, pairwise_parameters
-from megatron_amopo.training.checks import check_before, check_data, check_shape, check_tokenizer
+from megatron_amopo.training.checks import check_before, check_checkpoint, check_data, check_shape, check_tokenizer
 
 #: Where this project departs from Megatron's own defaults, by the names of its argument namespace.
 DEFAULTS: dict[str, Any] = {
@@ -102,7 +102,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     if args.amopo_data is None:
         raise ConfigError("--amopo-data is missing: give the folder that tools/prepare_preferences.py wrote")
     check_before(args)
-    hf_folder = _hf_folder(args)
+    hf_folder = check_checkpoint(args) / "hf"
     shape = megatron_arguments(read_config(hf_folder))
     _set_shape(args, shape, parser_defaults, hf_folder)
     check_shape(args)
@@ -151,22 +151,6 @@ def _dimension_names(args: argparse.Namespace) -> list[str] | None:
     if args.amopo_dimensions is None:
         return None
     return [name.strip() for name in args.amopo_dimensions.split(",") if name.strip()]
-
-
-def _hf_folder(args: argparse.Namespace) -> Path:
-    """The ``hf/`` folder of the checkpoint that the run continues or starts from."""
-    sources = [Path(folder) for folder in (args.load, args.pretrained_checkpoint) if folder is not None]
-    if not sources:
-        raise ConfigError(
-            "nothing to start from: give --pretrained-checkpoint DIR (made by tools/convert_checkpoint.py hf-to-megatron) or --load DIR"
-        )
-    for source in sources:
-        if (source / "hf" / "config.json").is_file():
-            return source / "hf"
-    flags = " or ".join(
-        f"{flag} {folder}" for flag, folder in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)) if folder
-    )
-    raise ConfigError(f"{flags} holds no hf/config.json: the model's shape is unknown. Make the checkpoint with tools/convert_checkpoint.py hf-to-megatron")
 
 
 def _set_shape(args: argparse.Namespace, shape: dict[str, Any], parser_defaults: dict[str, Any], hf_folder: Path) -> None:

@@ -72,6 +72,24 @@ def check_before(args: argparse.Namespace) -> None:
             )
 
 
+def check_checkpoint(args: argparse.Namespace) -> Path:
+    """The folder whose checkpoint the run continues or starts from: ``--load`` if it holds one, else ``--pretrained-checkpoint``."""
+    sources = [(flag, Path(value)) for flag, value in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)) if value]
+    if not sources:
+        raise ConfigError(
+            "nothing to start from: give --pretrained-checkpoint DIR (made by tools/convert_checkpoint.py hf-to-megatron) or --load DIR"
+        )
+    for flag, folder in sources:
+        if (folder / "latest_checkpointed_iteration.txt").is_file():
+            if not (folder / "hf" / "config.json").is_file():
+                raise ConfigError(
+                    f"{flag} {folder} holds no hf/config.json, so the model's shape is unknown: copy the hf folder of the checkpoint that "
+                    "it was trained from, or make the checkpoint with tools/convert_checkpoint.py hf-to-megatron"
+                )
+            return folder
+    raise ConfigError(" and ".join(f"{flag} {folder}" for flag, folder in sources) + " hold" + ("s" if len(sources) == 1 else "") + " no checkpoint (no latest_checkpointed_iteration.txt)")
+
+
 def check_shape(args: argparse.Namespace) -> None:
     """Whether the layout divides the model."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
@@ -89,12 +107,10 @@ def check_tokenizer(manifest: Manifest, data: Path, hf_folder: Path, vocab_size:
             f"{data} was prepared with tokenizer '{manifest.tokenizer.name}', which has token ids up to {manifest.tokenizer.vocab_size - 1}; "
             f"the model in {hf_folder} has {vocab_size} rows. Prepare the data with the model's tokenizer (--tokenizer)"
         )
-    if not any((hf_folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return
-    from megatron_amopo.data.tokenize import tokenizer_fingerprint
+    from megatron_amopo.data.tokenize import folder_vocabulary
 
-    model_tokenizer = tokenizer_fingerprint(hf_folder)
-    if not manifest.tokenizer.same_tokens(model_tokenizer):
+    # Ids and texts must agree; the chat template may differ, as a base model's data is prepared with an instruct template.
+    if folder_vocabulary(hf_folder) not in (None, manifest.tokenizer.vocab_sha256):
         raise DataError(
             f"{data} was prepared with another tokenizer ('{manifest.tokenizer.name}') than the one in {hf_folder}: token ids would mean "
             "other words. Prepare the data with the model's tokenizer (--tokenizer)"

@@ -117,3 +117,29 @@ def metrics(folder: Path, split: str = "train") -> list[dict[str, float]]:
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{"iteration": line["iteration"], **line["metrics"]} for line in lines if line["split"] == split]
+
+
+def refusal(flags: list[str], *, world_size: int = 1) -> str:
+    """The message with which a start with these flags on so many ranks is refused; empty if it isn't."""
+    import os
+
+    from megatron_amopo.errors import AmopoError
+    from megatron_amopo.training.arguments import parse_arguments
+    from megatron_amopo.training.run_record import check_resumed_run
+
+    sys.argv = ["train", *flags]
+    os.environ["WORLD_SIZE"] = str(world_size)
+    try:
+        check_resumed_run(*parse_arguments())
+    except AmopoError as error:
+        return str(error)
+    return ""
+
+
+def run_record_of(flags: list[str]) -> dict[str, Any]:
+    """What ``run.json`` would say of a run with these flags."""
+    from megatron_amopo.training.arguments import parse_arguments
+    from megatron_amopo.training.run_record import run_record
+
+    sys.argv = ["train", *flags]
+    return run_record(parse_arguments()[1])

@@ -1,0 +1,153 @@
+"""Orders, dealing and packing: pure functions against their plainest restatement, and the stream of micro-batches as a whole."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_amopo.data.batching import MicroBatches, SampleOrder, deal, pack
+from megatron_amopo.data.dataset import PreparedGroups
+from megatron_amopo.data.groups import TokenizedGroup
+from megatron_amopo.objectives import record_noise
+from tests.support.tiny import make_data, random_groups
+
+
+def group(record_id=7):
+    def ids(*values):
+        return np.array(values, dtype=np.int32)
+
+    return TokenizedGroup(record_id, (ids(1, 2, 3), ids(4)), (ids(10, 11), ids(10)), (ids(20,), ids(20, 21, 22)))
+
+
+def test_pack_by_hand():
+    batch = pack([group()], torch.zeros(1, 2, 2), [True], pad_to_multiple_of=8)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 20, 4, 10, 20, 21, 22, 0, 0, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2, 3, 0, 0, 0, 0, 0]]
+    assert batch.rows.tolist() == [2, 3, 2, 6, 6, 8, 9]
+    assert batch.targets.tolist() == [10, 11, 20, 10, 20, 21, 22]
+    assert batch.lengths.tolist() == [[[2, 1], [1, 3]]]
+    branches = [(b.start, b.end, b.prefix_start, b.prefix_end) for b in batch.segments.branches]
+    assert branches == [(0, 5, 0, 0), (5, 6, 0, 3), (6, 8, 0, 0), (8, 11, 6, 7)]
+    assert batch.segments.num_queries == batch.num_tokens == 11
+    assert batch.segments.query_offsets.tolist() == [0, 5, 6, 8, 11]
+    assert batch.segments.key_offsets.tolist() == [0, 5, 9, 11, 15]
+    assert batch.segments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 6, 8, 9, 10]
+
+
+def test_packing_is_concatenation():
+    groups = random_groups(4, dimensions=3, seed=3)
+    together = pack(groups, torch.zeros(4, 3, 2), [True] * 4)
+    alone = [pack([g], torch.zeros(1, 3, 2), [True]) for g in groups]
+    assert together.input_ids[0].tolist() == [t for b in alone for t in b.input_ids[0].tolist()]
+    assert together.targets.tolist() == [t for b in alone for t in b.targets.tolist()]
+    predicted = together.input_ids[0, together.rows]
+    assert predicted.tolist() == [t for b in alone for t in b.input_ids[0, b.rows].tolist()]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bins", [1, 2, 3, 8])
+def test_deal_keeps_everything_and_evens_out(bins, seed):
+    tokens = np.random.default_rng(seed).integers(5, 500, 24)
+    dealt = deal(tokens, bins)
+    assert sorted(itertools.chain(*dealt)) == list(range(24))
+    assert all(items == sorted(items) and items for items in dealt)
+    sums = [tokens[items].sum() for items in dealt]
+    # Graham's bound for longest-first, against the two lower bounds of the optimum.
+    optimum = max(tokens.sum() / bins, tokens.max())
+    assert max(sums) <= (4 / 3 - 1 / (3 * bins)) * optimum + 1e-9 or max(sums) - min(sums) <= tokens.max()
+    assert deal(tokens, bins) == dealt
+
+
+def test_deal_with_fewer_items_than_bins():
+    assert deal(np.array([5, 9]), 4) == [[1], [0], [], []]
+
+
+def test_sample_order_visits_each_record_once_an_epoch_and_reshuffles():
+    order = SampleOrder(10, seed=3)
+    indices, epochs = order(range(0, 30))
+    assert epochs.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    rounds = indices.reshape(3, 10)
+    assert all(sorted(r) == list(range(10)) for r in rounds.tolist())
+    assert len({tuple(r) for r in rounds.tolist()}) == 3
+    pieces = [order(range(start, start + 7))[0] for start in range(0, 28, 7)]
+    assert np.concatenate(pieces).tolist() == indices[:28].tolist()
+    assert SampleOrder(10, seed=4)(range(10))[0].tolist() != indices[:10].tolist()
+    assert SampleOrder(10, seed=3, shuffle=False)(range(8, 12))[0].tolist() == [8, 9, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batching") / "data"
+    make_data(folder, train=22, validation=5)
+    return folder
+
+
+def stream(prepared, *, split="train", rank=0, size=1, micro=2, count=4, dimensions=None, **options):
+    groups = PreparedGroups.open(prepared, split, dimensions)
+    options = {"num_samples": None, "noise_seed": 5, **options}
+    return MicroBatches(
+        groups, SampleOrder(len(groups), 5), num_micro_batches=lambda: count, micro_batch_size=micro, dp_rank=rank, dp_size=size, **options
+    )
+
+
+def records(batches):
+    return [int(r) for batch in batches for r, counted in zip(batch.record_ids, batch.counted, strict=True) if counted]
+
+
+def test_ranks_and_micro_batches_share_each_global_batch(prepared):
+    """Whatever the layout, the n-th global batch holds the same records."""
+    expected = PreparedGroups.open(prepared).record_ids[SampleOrder(22, 5)(range(16))[0]]
+    for size, micro, count in ((1, 2, 4), (2, 2, 2), (4, 1, 2), (1, 8, 1)):
+        for start in (0, 8):
+            batches = [
+                batch
+                for rank in range(size)
+                for batch in itertools.islice(stream(prepared, rank=rank, size=size, micro=micro, count=count, consumed_samples=start), count)
+            ]
+            assert sorted(records(batches)) == sorted(expected[start : start + 8])
+
+
+def test_a_resumed_stream_goes_on(prepared):
+    whole = list(itertools.islice(stream(prepared), 16))
+    resumed = list(itertools.islice(stream(prepared, consumed_samples=24), 4))
+    for straight, again in zip(whole[12:], resumed, strict=True):
+        assert torch.equal(straight.input_ids, again.input_ids)
+        assert torch.equal(straight.noise, again.noise)
+
+
+def test_the_last_batch_is_incomplete_and_nothing_is_counted_twice(prepared):
+    """22 records in batches of 8 on two ranks: the third has 6, and a fourth doesn't exist."""
+    batches = [batch for rank in range(2) for batch in stream(prepared, rank=rank, size=2, micro=1, count=4, num_samples=22)]
+    assert len(batches) == 2 * 3 * 4
+    assert sorted(records(batches)) == sorted(PreparedGroups.open(prepared).record_ids.tolist())
+    fillers = [batch for batch in batches if not batch.counted.any()]
+    assert len(fillers) == 2
+    assert all(batch.num_tokens > 0 for batch in fillers)
+
+
+def test_validation_starts_over(prepared):
+    valid = stream(prepared, split="validation", micro=2, count=1, num_samples=5, cycle=True)
+    passes = [records(itertools.islice(valid, 3)) for _ in range(2)]
+    assert passes[0] == passes[1]
+    assert len(passes[0]) == 5
+
+
+def test_noise_belongs_to_the_record_and_the_epoch(prepared):
+    batches = list(itertools.islice(stream(prepared, count=1, micro=8), 5))
+    drawn = {}
+    for number, batch in enumerate(batches):
+        for place, record in enumerate(batch.record_ids.tolist()):
+            drawn.setdefault(record, []).append((number * 8 + place, batch.noise[place]))
+    for record, draws in drawn.items():
+        for epoch, (_, noise) in enumerate(draws):
+            assert torch.equal(noise, record_noise(5, torch.tensor([record]), 3, epoch)[0])
+    subset = next(stream(prepared, count=1, micro=8, dimensions=["general", "quality_2"]))
+    assert torch.equal(subset.noise, batches[0].noise[:, [0, 2]][[batches[0].record_ids.tolist().index(r) for r in subset.record_ids.tolist()]])
+
+
+def test_pin_and_move_keep_the_content(prepared):
+    batch = next(stream(prepared))
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.targets, batch.targets)
+    assert moved.segments.branches == batch.segments.branches

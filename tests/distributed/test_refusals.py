@@ -1,0 +1,144 @@
+"""Every refusal at start, one by one: exit code 2's message names the flag, the file or the record."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.support.jobs import refusal
+from tests.support.tiny import make_data
+
+BASE = ["--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "2", "--lr", "1e-3"]
+
+FLAGS = {
+    "context parallelism": (["--context-parallel-size", "2"], 2, "--context-parallel-size is not supported"),
+    "fp8": (["--fp8-format", "hybrid"], 1, "--fp8-format is not supported"),
+    "fp16": (["--fp16"], 1, "--fp16 is not supported: use --bf16"),
+    "dropout": (["--hidden-dropout", "0.1"], 1, "--hidden-dropout is not supported"),
+    "attention dropout": (["--attention-dropout", "0.1"], 1, "--attention-dropout is not supported"),
+    "param gather": (["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"], 1, "--overlap-param-gather is not supported"),
+    "eval iters": (["--eval-iters", "3"], 1, "--eval-iters is not supported"),
+    "ramp-up": (["--step-batch-size-schedule", "0:8 100:16"], 1, "--step-batch-size-schedule is not supported"),
+    "skipping": (["--iterations-to-skip", "3"], 1, "--iterations-to-skip is not supported"),
+    "shape": (["--num-layers", "7"], 1, "--num-layers 7 contradicts"),
+    "two lengths": (["--amopo-epochs", "1"], 1, "--amopo-epochs and --train-iters both say"),
+    "gamma of orpo": (["--amopo-pairwise", "orpo", "--amopo-gamma", "1"], 1, "pairwise loss 'orpo' has no gamma"),
+    "beta": (["--amopo-beta", "0"], 1, "--amopo-beta is 0.0"),
+    "ftx": (["--amopo-ftx-gamma", "-1"], 1, "--amopo-ftx-gamma is -1.0"),
+    "chunk": (["--amopo-head-chunk-rows", "0"], 1, "--amopo-head-chunk-rows is 0"),
+    "dimension": (["--amopo-dimensions", "general,beauty"], 1, "no dimension 'beauty'"),
+    "more ranks than layout": (["--tensor-model-parallel-size", "2"], 3, "3 rank(s) were started, which is not a multiple of --tensor-model-parallel-size 2"),
+    "heads": (["--tensor-model-parallel-size", "4"], 4, "--tensor-model-parallel-size 4 doesn't divide the model's 2 key-value heads"),
+    "layers": (["--pipeline-model-parallel-size", "8"], 8, "--pipeline-model-parallel-size 8 is more than the model's 4 layers"),
+    "batch": (["--global-batch-size", "6"], 4, "--global-batch-size 6 is not a multiple of --micro-batch-size 1 × 4"),
+    "eval batch": (["--eval-global-batch-size", "3"], 2, "--eval-global-batch-size 3 is not a multiple"),
+    "Megatron's own": (["--sequence-parallel", "--num-layers-per-virtual-pipeline-stage", "2"], 1, "Megatron refuses these flags"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags(name, ranks, workplace):
+    extra, world_size, message = FLAGS[name]
+    flags = ["--amopo-data", str(workplace.data), "--pretrained-checkpoint", str(workplace.mcore), *BASE, *extra]
+    assert message in ranks.run(refusal, 1, flags, world_size=world_size)[0]
+
+
+def test_nothing_else_is_refused(ranks, workplace):
+    flags = ["--amopo-data", str(workplace.data), "--pretrained-checkpoint", str(workplace.mcore), *BASE]
+    assert ranks.run(refusal, 1, flags)[0] == ""
+
+
+def test_missing_pieces(ranks, workplace, tmp_path):
+    data, model = ["--amopo-data", str(workplace.data)], ["--pretrained-checkpoint", str(workplace.mcore)]
+    for flags, message in [
+        ([*model, *BASE], "--amopo-data is missing"),
+        ([*data, *BASE], "nothing to start from"),
+        ([*data, *model, *BASE[2:]], "--micro-batch-size is missing"),
+        ([*data, "--pretrained-checkpoint", str(tmp_path), *BASE], f"--pretrained-checkpoint {tmp_path} holds no checkpoint"),
+        ([*model, "--amopo-data", str(tmp_path / "none"), *BASE], f"no prepared data at {tmp_path / 'none'}"),
+        ([*model, "--amopo-data", str(tmp_path), *BASE], "manifest.json"),
+    ]:
+        assert message in ranks.run(refusal, 1, flags)[0]
+
+
+def test_half_a_checkpoint(ranks, workplace, tmp_path):
+    """A folder with a shape but without weights must not train from random ones."""
+    half = tmp_path / "half"
+    shutil.copytree(workplace.mcore / "hf", half / "hf")
+    flags = ["--amopo-data", str(workplace.data), "--pretrained-checkpoint", str(half), *BASE]
+    assert f"--pretrained-checkpoint {half} holds no checkpoint" in ranks.run(refusal, 1, flags)[0]
+
+    shapeless = tmp_path / "shapeless"
+    shutil.copytree(workplace.mcore, shapeless, ignore=shutil.ignore_patterns("hf"))
+    flags = ["--amopo-data", str(workplace.data), "--load", str(shapeless), *BASE]
+    assert f"--load {shapeless} holds no hf/config.json" in ranks.run(refusal, 1, flags)[0]
+
+
+def test_truncated_shard(ranks, workplace, tmp_path):
+    copy = tmp_path / "data"
+    shutil.copytree(workplace.data, copy)
+    shard = next((copy / "train").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-4000])
+    flags = ["--amopo-data", str(copy), "--pretrained-checkpoint", str(workplace.mcore), *BASE]
+    assert str(copy / "train") in ranks.run(refusal, 1, flags)[0]
+
+
+def test_data_of_a_larger_vocabulary(ranks, workplace, tmp_path):
+    make_data(tmp_path / "data", vocab_size=400)
+    flags = ["--amopo-data", str(tmp_path / "data"), "--pretrained-checkpoint", str(workplace.mcore), *BASE]
+    message = ranks.run(refusal, 1, flags)[0]
+    assert "has token ids up to 399" in message
+    assert "has 151 rows" in message
+
+
+def test_sequences_longer_than_the_model_takes(ranks, workplace, tmp_path):
+    make_data(tmp_path / "data", longest=600, shortest=500)
+    flags = ["--amopo-data", str(tmp_path / "data"), "--pretrained-checkpoint", str(workplace.mcore), *BASE]
+    message = ranks.run(refusal, 1, flags)[0]
+    assert "the model takes 512" in message
+    assert "memory:" in message  # the record's source
+
+
+def test_wrong_tokenizer(ranks, workplace, tmp_path):
+    """The checkpoint's own tokenizer against the one that the data was prepared with."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    copy = tmp_path / "mcore"
+    shutil.copytree(workplace.mcore, copy)
+    words = {f"w{i}": i for i in range(100)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w1", pad_token="w2")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}w1{% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    tokenizer.save_pretrained(copy / "hf")
+    flags = ["--amopo-data", str(workplace.data), "--pretrained-checkpoint", str(copy), *BASE]
+    message = ranks.run(refusal, 1, flags)[0]
+    assert "was prepared with another tokenizer" in message
+    assert str(workplace.data) in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--amopo-beta", "1.5"], "another --amopo-beta (0.8, now 1.5)"),
+        (["--amopo-pairwise", "orpo"], "another --amopo-pairwise"),
+        (["--amopo-dimensions", "general"], "another --amopo-dimensions"),
+        (["--amopo-seed", "99"], "another --amopo-seed"),
+        ("data", "another --amopo-data (other data)"),
+    ],
+)
+def test_a_resumed_run_must_be_the_same_run(ranks, workplace, tmp_path, change, message):
+    load = tmp_path / "run"
+    shutil.copytree(workplace.mcore, load)
+    from tests.support.jobs import run_record_of
+
+    data = workplace.data
+    same = ["--amopo-data", str(data), "--load", str(load), *BASE]
+    (load / "run.json").write_text(json.dumps(ranks.run(run_record_of, 1, same)[0]))
+    assert ranks.run(refusal, 1, same)[0] == ""
+    if change == "data":
+        make_data(tmp_path / "other", seed=8)
+        changed = ["--amopo-data", str(tmp_path / "other"), "--load", str(load), *BASE]
+    else:
+        changed = [*same, *change]
+    assert message in ranks.run(refusal, 1, changed)[0]
+    assert ranks.run(refusal, 1, [*changed, "--finetune"])[0] == ""
