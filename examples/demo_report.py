@@ -126,7 +126,7 @@ def _loss(run: RunMetrics, folder: Path) -> Path:
     axes.plot([0, run.after.iteration], held_out, "o", color=COLOURS[2], ms=9, label="held out, before and after")
     for x, value in ((0, held_out[0]), (run.after.iteration, held_out[1])):
         axes.annotate(f"{value:.2f}", (x, value), (9, 6), textcoords="offset points", color=COLOURS[2], weight="bold")
-    axes.margins(x=0.1)
+    axes.set_xlim(-0.04 * run.after.iteration, 1.1 * run.after.iteration)
     axes.set(title="AMoPO loss, with the SFT term", ylabel="loss (nats per record)")
     axes.set_ylim(bottom=0)
     _step_axis(axes)
@@ -139,20 +139,22 @@ def _preferences(run: RunMetrics, folder: Path) -> Path:
         2, 2, figsize=(11, 8), layout="constrained"
     )
     _lines(run, margin_lines, "margin")
-    margin_lines.set(title="Margin while training (batches, running mean)", ylabel="margin (nats per token)")
+    margin_lines.set(title="Margin while training", ylabel="margin (nats per token)")
     margin_lines.legend(frameon=False, fontsize=10)
     _lines(run, accuracy_lines, "accuracy")
-    accuracy_lines.set(title="Preference accuracy while training (batches, running mean)", ylim=(0.3, 1.0))
+    accuracy_lines.set(title="Preference accuracy while training", ylim=(0.3, 1.0))
     _bars(run, margin_bars, "margin", "{:+.2f}")
     margin_bars.set(title="Margin on held-out records", ylabel="margin (nats per token)")
-    margin_bars.margins(y=0.12)
+    margin_bars.margins(y=0.25)
+    margin_bars.legend(frameon=False, fontsize=10, ncols=2, loc="upper center")
     _bars(run, accuracy_bars, "accuracy", "{:.0%}")
     accuracy_bars.set(title="Preference accuracy on held-out records", ylim=(0, 1.05))
-    accuracy_bars.legend(frameon=False, fontsize=10, loc="lower right", framealpha=1)
     for axes in (accuracy_lines, accuracy_bars):
         axes.axhline(0.5, color="black", lw=0.8, ls=":")
         axes.set_ylabel("records with chosen above rejected")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.12)
+    figure.suptitle("lines: training batches, running mean     ●: held-out records, before and after", fontsize=10)
     return _save(figure, folder / "preferences.png")
 
 
@@ -161,7 +163,7 @@ def _weights(run: RunMetrics, folder: Path) -> Path:
     _lines(run, axes, "weight")
     equal = 1 / len(run.dimensions)
     axes.axhline(equal, color="black", lw=0.8, ls=":")
-    axes.annotate("equal weights", (0, equal), (0, -14), textcoords="offset points", fontsize=9)
+    axes.annotate("equal", (1.01, equal), xycoords=("axes fraction", "data"), va="center", fontsize=10)
     axes.set(title="Adaptive weights: each dimension's share of the loss", ylabel="mean weight (fraction)")
     axes.set_ylim(0.5 * equal, 1.5 * equal)
     axes.legend(frameon=False, fontsize=10, ncols=2, loc="lower center", title="● held-out records, before and after")
@@ -201,7 +203,7 @@ def _smooth(values: np.ndarray, width: int = 15) -> np.ndarray:
 
 def _step_axis(axes: Any) -> None:
     axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _save(figure: Any, path: Path) -> Path:
