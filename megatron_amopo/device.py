@@ -1,15 +1,17 @@
 """The one place that lets Megatron run without CUDA: on CPU tensors and gloo, for trying and testing.
 
-Megatron names CUDA in many places: factory calls with ``device="cuda"``, ``torch.cuda.current_device()``, streams, random states.
-:func:`prepare` redirects those to the CPU when torch sees no CUDA device, and does nothing when it does. It changes process-wide
-state, so call it once, before Megatron builds anything. The rest of the package asks :func:`current_device` and never ``torch.cuda``.
+Megatron names CUDA in many places: factory calls with ``device="cuda"``, ``torch.cuda.current_device()``, streams,
+random states. :func:`prepare` redirects those to the CPU when torch sees no CUDA device, and does nothing when it does.
+It changes process-wide state, so call it once, before Megatron builds anything. The rest of the package asks
+:func:`current_device` and never ``torch.cuda``.
 """
 
 import contextlib
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -65,17 +67,19 @@ def _real_is_available() -> bool:
 
 
 class _CpuFactories(TorchFunctionMode):
-    """Turns ``device="cuda…"`` into the CPU in every torch call, and the tensor methods that move to a GPU into the identity."""
+    """Turns ``device="cuda…"`` into the CPU in every torch call, and the tensor methods that move to a GPU into the
+    identity.
+    """
 
     _IDENTITY = frozenset({torch.Tensor.cuda, torch.Tensor.pin_memory})
     # The optimizer tells parameters apart by these names.
-    _CUDA_TYPE_NAMES = {  # noqa: RUF012
+    _CUDA_TYPE_NAMES: ClassVar = {
         "torch.FloatTensor": "torch.cuda.FloatTensor",
         "torch.HalfTensor": "torch.cuda.HalfTensor",
         "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
     }
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in self._IDENTITY:
             return args[0]
@@ -140,7 +144,9 @@ class _Properties:
 
 
 def _returning(value: Any) -> Callable:
-    """A function that ignores its arguments. Each is an object of its own: torch's compiler registers functions by identity."""
+    """A function that ignores its arguments. Each is an object of its own: torch's compiler registers functions by
+    identity.
+    """
     return lambda *args, **kwargs: value
 
 
@@ -175,7 +181,7 @@ def _redirect_torch() -> None:
     for name, replacement in replacements.items():
         setattr(cuda, name, replacement)
     # Compiling small CPU graphs takes longer than the runs that this module is for.
-    torch.compile = _identity_compile  # type: ignore[assignment]
+    torch.compile = _identity_compile
 
 
 def _identity_compile(model: Callable | None = None, **options: Any) -> Callable:
@@ -218,20 +224,19 @@ def pretended_cuda() -> Iterator[None]:
 
 
 def _skip_compiling_present_helpers() -> None:
-    """Megatron's wheel carries the compiled dataset helpers but not the Makefile that its start-up calls to build them."""
+    """Megatron's wheel carries the compiled dataset helpers but not the Makefile that its start-up calls to build
+    them.
+    """
     from megatron.core.datasets import utils
 
-    try:
-        from megatron.core.datasets import helpers_cpp  # noqa: F401
-    except ImportError:
-        return
-    utils.compile_helpers = _returning(None)
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp"):
+        utils.compile_helpers = _returning(None)
 
 
 def _let_plain_adam_be_resumed() -> None:
-    """Without Transformer Engine and apex the distributed optimizer runs torch's Adam, whose state of a parameter has its step beside
-    the moments. Loading a checkpoint reads that step before the first step has made it, asks for it among the moments, and leaves one
-    tensor to all parameters, which torch's Adam would then count up once for each."""
+    """Without Transformer Engine and apex the distributed optimizer runs torch's Adam, whose state of a parameter has
+    its step beside the moments. Loading a checkpoint reads that step before the first step has made it, asks for it
+    among the moments, and leaves one tensor to all parameters, which torch's Adam would then count up once for each."""
     from megatron.core.optimizer import distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:

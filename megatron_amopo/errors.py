@@ -1,7 +1,7 @@
 """Errors that are meant for people.
 
-Every message names what to change: the flag, the file and, where there is one, the record. Command lines print them without a
-traceback and exit with 2; anything else that escapes is a bug of ours.
+Every message names what to change: the flag, the file and, where there is one, the record. Command lines print them
+without a traceback and exit with 2; anything else that escapes is a bug of ours.
 """
 
 

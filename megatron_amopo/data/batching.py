@@ -1,15 +1,17 @@
 """From tokenised groups to micro-batches: the order of an epoch, the dealing of a global batch, the packing of groups.
 
-Every rank computes the same plan from (seed, consumed samples) alone and reads only the groups that it needs: nothing is
-broadcast, and a resumed run continues where the stopped one was. Within a global batch groups may be permuted freely (the gradient
-is the mean over its groups), so they are dealt to data-parallel ranks and micro-batches to even out the number of tokens.
+Every rank computes the same plan from (seed, consumed samples) alone and reads only the groups that it needs: nothing
+is broadcast, and a resumed run continues where the stopped one was. Within a global batch groups may be permuted freely
+(the gradient is the mean over its groups), so they are dealt to data-parallel ranks and micro-batches to even out the
+number of tokens.
 
 Shapes: G groups of a micro-batch, D dimensions, 2 sides (chosen, rejected), T packed tokens, N response tokens.
 """
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,15 +39,10 @@ class GroupBatch:
     num_tokens: int  # tokens without padding
 
     def to(self, device: torch.device) -> "GroupBatch":
-        """The batch with its tensors on ``device``; copies from pinned memory don't wait."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for name, x in values.items()}
-        return GroupBatch(**{**moved, "segments": PackedSegments(self.segments.branches, device)})
-
-    def pin_memory(self) -> "GroupBatch":
-        """The batch in page-locked host memory, from which copies to a GPU are asynchronous."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return GroupBatch(**{name: x.pin_memory() if isinstance(x, Tensor) else x for name, x in values.items()})
+        """The batch with its tensors on ``device``."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in values if isinstance(x, Tensor)}
+        return replace(self, segments=PackedSegments(self.segments.branches, device), **moved)
 
 
 def pack(
@@ -59,7 +56,11 @@ def pack(
         counted: G flags, see :class:`GroupBatch`.
         pad_to_multiple_of: T becomes a multiple of it, as sequence parallelism requires of TP.
     """
-    tokens, positions, branches, rows, targets = [], [], [], [], []
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    branches: list[Branch] = []
+    rows: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     start = 0
     for group in groups:
         for prompt, chosen, rejected in zip(group.prompts, group.chosen, group.rejected, strict=True):
@@ -68,8 +69,8 @@ def pack(
             tokens += [prompt, chosen, rejected]
             positions += [np.arange(split - start), np.arange(len(prompt), len(prompt) + len(rejected))]
             branches += [Branch(start, split), Branch(split, end, prefix_start=start, prefix_end=prompt_end)]
-            # The token before a response token predicts it; the prompt's last token predicts the first of both responses.
-            rows += [np.arange(prompt_end - 1, split - 1), [prompt_end - 1], np.arange(split, end - 1)]
+            # A response token is predicted by the token before it, the first of either response by the prompt's last.
+            rows += [np.arange(prompt_end - 1, split - 1), np.array([prompt_end - 1]), np.arange(split, end - 1)]
             targets += [chosen, rejected]
             start = end
     padding = np.zeros(-start % pad_to_multiple_of, dtype=np.int64)
@@ -88,15 +89,16 @@ def pack(
     )
 
 
-def _tensor(parts: Sequence[np.ndarray | list[int]]) -> Tensor:
+def _tensor(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
 
 
 def deal(tokens: np.ndarray, num_bins: int) -> list[list[int]]:
-    """Deal items with ``tokens [n]`` each to bins so that the bins' sums are even; at least one item a bin while there are enough.
+    """Deal items with ``tokens [n]`` each to bins so that the bins' sums are even; at least one item a bin while there
+    are enough.
 
-    Longest first into the emptiest bin (Graham's LPT rule: the fullest bin stays within 4/3 of the optimum). A pure function: ties go
-    to the earlier item and the lower bin, and each bin's items come in their original order.
+    Longest first into the emptiest bin (Graham's LPT rule: the fullest bin stays within 4/3 of the optimum). A pure
+    function: ties go to the earlier item and the lower bin, and each bin's items come in their original order.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     # An empty bin goes before a filled one of the same sum, in case items have no tokens.
@@ -131,9 +133,10 @@ class SampleOrder:
 class MicroBatches(Iterator[GroupBatch]):
     """This data-parallel rank's micro-batches of a run, one after the other, without end.
 
-    Samples at and beyond ``num_samples`` don't exist: the batch that reaches over the end is incomplete, and a micro-batch left
-    without any group gets one that isn't counted, so that all ranks take the same number of steps. With ``cycle`` the samples start
-    over after it, which is how a validation set is read again and again from its beginning.
+    Samples at and beyond ``num_samples`` don't exist: the batch that reaches over the end is incomplete, and a
+    micro-batch left without any group gets one that isn't counted, so that all ranks take the same number of steps.
+    With ``cycle`` the samples start over after it, which is how a validation set is read again and again from its
+    beginning.
 
     Args:
         groups: prepared records.

@@ -1,10 +1,12 @@
 """The table that says which tokens of a packed micro-batch attend to which.
 
-A micro-batch is one row of tokens, ``prompt | chosen | rejected | prompt | chosen | rejected | … | padding``. A *branch* is a run of
-query tokens together with what it may look at: its prefix, then itself up to the query. ``prompt | chosen`` is one branch without
-a prefix; ``rejected`` is a branch whose prefix is the prompt, so that it never sees the chosen response.
+A micro-batch is one row of tokens, ``prompt | chosen | rejected | prompt | chosen | rejected | … | padding``. A
+*branch* is a run of query tokens together with what it may look at: its prefix, then itself up to the query. ``prompt |
+chosen`` is one branch without a prefix; ``rejected`` is a branch whose prefix is the prompt, so that it never sees the
+chosen response.
 
-Made by ``batching.py``, read by ``model/attention.py``; in between it travels in Megatron's ``packed_seq_params`` argument.
+Made by ``batching.py``, read by ``model/attention.py``; in between it travels in Megatron's ``packed_seq_params``
+argument.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Branch:
-    """Query tokens ``[start, end)`` that attend to tokens ``[prefix_start, prefix_end)`` and, causally, to themselves."""
+    """Query tokens ``[start, end)`` that attend to tokens ``[prefix_start, prefix_end)`` and, causally, to
+    themselves.
+    """
 
     start: int
     end: int
@@ -43,7 +47,8 @@ class PackedSegments:
 
     branches: tuple[Branch, ...]
     device: torch.device
-    # What Megatron reads of the PackedSeqParams that it expects in this place: 'thd' would make it reshape and rotate in its own way.
+    # What Megatron reads of the PackedSeqParams that it expects in this place: 'thd' would make it reshape and rotate
+    # in its own way.
     qkv_format: str = field(default="packed_groups", init=False)
     cp_group: None = field(default=None, init=False)
 

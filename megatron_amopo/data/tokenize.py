@@ -76,7 +76,8 @@ class TokenizerSource:
 
 
 def folder_vocabulary(folder: str | Path) -> str | None:
-    """The `vocab_sha256` of a model folder's tokenizer, which needs no chat template for it; None where there is no tokenizer.
+    """The `vocab_sha256` of a model folder's tokenizer, which needs no chat template for it; None where there is no
+    tokenizer.
 
     Raises DataError where transformers can't load it.
     """

@@ -1,13 +1,15 @@
 """Attention over packed groups in which the two responses of a pair share their prompt.
 
-:class:`PackedAttention` takes the place of a Megatron layer's core attention. It takes query, key and value of one packed row of
-tokens and the table of its branches (``data/segments.py``) and gives the attended values. The causal mask of a branch is aligned at
-the bottom right: its last query sees all of its keys. Positions are :class:`PackedRotaryEmbedding`'s business.
+:class:`PackedAttention` takes the place of a Megatron layer's core attention. It takes query, key and value of one
+packed row of tokens and the table of its branches (``data/segments.py``) and gives the attended values. The causal mask
+of a branch is aligned at the bottom right: its last query sees all of its keys. Positions are
+:class:`PackedRotaryEmbedding`'s business.
 
 Shapes: T tokens of the micro-batch, padding included; heads as Megatron splits them over tensor parallelism.
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,20 @@ from megatron_amopo.data.segments import PackedSegments
 
 
 class PackedAttention(torch.nn.Module):
-    """Core attention of a Megatron layer over :class:`PackedSegments`; takes and gives Megatron's ``[T, 1, heads, head size]``."""
+    """Core attention of a Megatron layer over :class:`PackedSegments`; takes and gives Megatron's ``[T, 1, heads, head
+    size]``.
+    """
 
     def __init__(
-        self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, cp_comm_type=None, pg_collection=None, **_
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
     ):
         super().__init__()
-        self.config = config
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -32,12 +41,14 @@ class PackedAttention(torch.nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        attn_mask_type=None,
-        attention_bias=None,
+        attn_mask_type: Any = None,
+        attention_bias: Any = None,
         packed_seq_params: PackedSegments | None = None,
-        **_,
+        **_: Any,
     ) -> Tensor:
-        """``query [T, 1, heads, size]``, ``key`` and ``value [T, 1, KV heads, size]`` to ``[T, 1, heads · size]``; padding gives zeros."""
+        """``query [T, 1, heads, size]``, ``key`` and ``value [T, 1, KV heads, size]`` to ``[T, 1, heads · size]``;
+        padding gives zeros.
+        """
         segments = packed_seq_params
         if not isinstance(segments, PackedSegments):
             raise TypeError(f"PackedAttention needs PackedSegments in packed_seq_params, got {type(segments).__name__}")
@@ -51,8 +62,12 @@ class PackedAttention(torch.nn.Module):
         return F.pad(context, (0, 0, 0, 0, 0, padding)).flatten(1)[:, None]
 
 
-def per_branch_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, scale: float | None = None) -> Tensor:
-    """The reference, on any device: one ``scaled_dot_product_attention`` per branch. ``[T, heads, size]`` to ``[queries, heads, size]``."""
+def per_branch_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, scale: float | None = None
+) -> Tensor:
+    """The reference, on any device: one ``scaled_dot_product_attention`` per branch. ``[T, heads, size]`` to
+    ``[queries, heads, size]``.
+    """
     outputs = []
     for branch in segments.branches:
         own = slice(branch.start, branch.end)
@@ -60,7 +75,9 @@ def per_branch_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegmen
         if branch.prefix_length:
             prefix = slice(branch.prefix_start, branch.prefix_end)
             keys, values = torch.cat([k[prefix], keys]), torch.cat([v[prefix], values])
-            mask = torch.ones(branch.num_queries, branch.num_keys, dtype=torch.bool, device=q.device).tril(branch.prefix_length)
+            mask = torch.ones(branch.num_queries, branch.num_keys, dtype=torch.bool, device=q.device).tril(
+                branch.prefix_length
+            )
         attended = F.scaled_dot_product_attention(
             q[own].transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
@@ -74,19 +91,22 @@ def per_branch_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegmen
     return torch.cat(outputs)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, scale: float | None = None) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, scale: float | None = None
+) -> Tensor:
     """All branches in one variable-length call (CUDA, half precision). Shapes as :func:`per_branch_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 to 2.15 spell the causal mask in two ways, and only the newer ones take fewer KV heads than query heads.
+    # torch 2.11 to 2.15 spell the causal mask in two ways, and only the newer ones take fewer KV heads than query
+    # heads.
     parameters = inspect.signature(varlen_attn).parameters
-    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in parameters:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(
+    attended = varlen_attn(
         q[: segments.num_queries],
         k[segments.key_index],
         v[segments.key_index],
@@ -97,12 +117,15 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, 
         scale=scale,
         **options,
     )
+    assert isinstance(attended, Tensor)  # a tuple only when more was asked for
+    return attended
 
 
 class PackedRotaryEmbedding(torch.nn.Module):
     """Rotary angles at explicit positions, called as Megatron calls its multimodal rotary embedding.
 
-    Responses of a pair restart at the prompt's end, so positions are data. Angles are an elementwise float32 product, not a matrix
+    Responses of a pair restart at the prompt's end, so positions are data. Angles are an elementwise float32 product,
+    not a matrix
     product: containers switch TF32 on for those, which would round positions above 2,048.
     """
 
@@ -111,7 +134,7 @@ class PackedRotaryEmbedding(torch.nn.Module):
         self.head_size = head_size
         self.base = base
 
-    def forward(self, position_ids: Tensor, mrope_section=None, cp_group=None) -> Tensor:
+    def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
         """``position_ids [1, T]`` to angles ``[T, 1, 1, head size]`` (rotate-half layout), float32."""
         exponents = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=position_ids.device) / self.head_size
         angles = position_ids[0].float()[:, None] * (1.0 / self.base**exponents)

@@ -1,9 +1,11 @@
-"""From a Megatron configuration to the model that gives response log-probabilities; the only file that knows ``GPTModel``.
+"""From a Megatron configuration to the model that gives response log-probabilities; the only file that knows
+``GPTModel``.
 
-:func:`build_model` takes Megatron's ``TransformerConfig`` and a few sizes and gives a ``GPTModel`` whose layers attend over packed
-groups and whose rotary embedding takes explicit positions. :func:`forward_logps` is the one way to call it.
+:func:`build_model` takes Megatron's ``TransformerConfig`` and a few sizes and gives a ``GPTModel`` whose layers attend
+over packed groups and whose rotary embedding takes explicit positions. :func:`forward_logps` is the one way to call it.
 
-``GPTModel`` announces a successor, ``HybridModel``; megatron-core 0.19's has neither an output processor nor explicit positions.
+``GPTModel`` announces a successor, ``HybridModel``; megatron-core 0.19's has neither an output processor nor explicit
+positions.
 """
 
 from copy import copy
@@ -58,8 +60,8 @@ def build_model(
         vp_stage: virtual pipeline stage.
         pg_collection: process groups; None takes Megatron's global ones.
     """
-    # Megatron hands explicit positions to the rotary embedding only of its multimodal kind. That embedding is replaced below; the
-    # section sizes are a formality.
+    # Megatron hands explicit positions to the rotary embedding only of its multimodal kind. That embedding is replaced
+    # below; the section sizes are a formality.
     config = copy(config)
     config.mrope_section = [config.kv_channels // 2, 0, 0]
     model = GPTModel(
@@ -82,7 +84,8 @@ def build_model(
 def forward_logps(
     model: torch.nn.Module, batch: GroupBatch, *, vocab_size: int, chunk_rows: int = DEFAULT_CHUNK_ROWS
 ) -> Tensor:
-    """Log-probabilities ``[N]`` of the batch's response tokens, float32; on an earlier pipeline stage the hidden states to hand on.
+    """Log-probabilities ``[N]`` of the batch's response tokens, float32; on an earlier pipeline stage the hidden states
+    to hand on.
 
     Args:
         model: of :func:`build_model`, possibly wrapped (data parallelism, mixed precision).
@@ -149,9 +152,9 @@ def _layer_spec(
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm that tells Megatron to sum its weight's gradient over sequence-parallel ranks; Megatron's own wrapper of it
-    refuses sequence parallelism instead."""
+    """torch's RMSNorm that tells Megatron to sum its weight's gradient over sequence-parallel ranks; Megatron's own
+    wrapper of it refuses sequence parallelism instead."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

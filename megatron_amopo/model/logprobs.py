@@ -1,12 +1,15 @@
 """Log-probabilities of response tokens, straight from hidden states: one autograd function over a sharded vocabulary.
 
-Takes the hidden rows that predict response tokens, this rank's slice of the output weight and the target tokens; gives one
-log-probability per row. Logits exist only for one chunk of rows at a time, forward and backward: what is kept for the backward
-pass is the input and one log-sum-exp per row. All chunks share one MAX and one SUM all-reduce over the tensor-parallel group; the
-backward pass needs no collective over the vocabulary, only the usual sum of the hidden states' gradient.
+Takes the hidden rows that predict response tokens, this rank's slice of the output weight and the target tokens; gives
+one log-probability per row. Logits exist only for one chunk of rows at a time, forward and backward: what is kept for
+the backward pass is the input and one log-sum-exp per row. All chunks share one MAX and one SUM all-reduce over the
+tensor-parallel group; the backward pass needs no collective over the vocabulary, only the usual sum of the hidden
+states' gradient.
 
 Shapes: N rows, H hidden size, V vocabulary rows in the weight over all ranks, padding included; v = V / TP rows here.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,38 +34,58 @@ def response_logps(
     The matrix products run in the dtype of ``hidden`` and ``weight``; maximum, sum and logarithm in float32.
 
     Args:
-        hidden: ``[N, H]``, the same on every rank of ``tp_group``; differentiable. Its gradient comes out complete (summed over
-            ``tp_group``) on every rank.
+        hidden: ``[N, H]``, the same on every rank of ``tp_group``; differentiable. Its gradient comes out complete
+            (summed over ``tp_group``) on every rank.
         weight: ``[v, H]``, rows ``rank·v … (rank + 1)·v − 1`` of the output weight; differentiable.
         targets: ``[N]`` integer token ids in [0, vocab_size).
         tp_group: tensor-parallel group over which the vocabulary is split; None or a group of one means that it isn't.
-        vocab_size: rows at and above it are padding: they take no part in the softmax and get no gradient. None: no padding.
+        vocab_size: rows at and above it are padding: they take no part in the softmax and get no gradient. None: no
+            padding.
         chunk_rows: rows per chunk; bounds the working memory at chunk_rows · v logits.
 
     Raises:
         ConfigError: shapes that don't fit, chunk_rows < 1, or a vocab_size beyond the weight's rows.
     """
     tp_size = 1 if tp_group is None else tp_group.size()
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.shape[1] != weight.shape[1]
+        or targets.shape != hidden.shape[:1]
+    ):
         raise ConfigError(
-            f"hidden {list(hidden.shape)}, weight {list(weight.shape)} and targets {list(targets.shape)} don't fit [N, H], [v, H], [N]"
+            f"hidden {list(hidden.shape)}, weight {list(weight.shape)} and targets {list(targets.shape)} don't fit "
+            "[N, H], [v, H] and [N]"
         )
     if chunk_rows < 1:
         raise ConfigError(f"chunk_rows is {chunk_rows}; expected at least 1")
     total_rows = weight.shape[0] * tp_size
     vocab_size = total_rows if vocab_size is None else vocab_size
     if not 1 <= vocab_size <= total_rows:
-        raise ConfigError(f"vocab_size {vocab_size} is not in 1 … {total_rows}, the rows of the weight over {tp_size} rank(s)")
+        raise ConfigError(
+            f"vocab_size {vocab_size} is not in 1 … {total_rows}, the rows of the weight over {tp_size} rank(s)"
+        )
 
     first_row = 0 if tp_group is None else tp_group.rank() * weight.shape[0]
     # Padding stands at the end of the vocabulary, so leaving it out is a slice, possibly an empty one.
     valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
-    return _ResponseLogps.apply(hidden, weight, targets, tp_group if tp_size > 1 else None, first_row, valid_rows, chunk_rows)
+    return _ResponseLogps.apply(
+        hidden, weight, targets, tp_group if tp_size > 1 else None, first_row, valid_rows, chunk_rows
+    )
 
 
 class _ResponseLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, tp_group, first_row, valid_rows, chunk_rows):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        tp_group: dist.ProcessGroup | None,
+        first_row: int,
+        valid_rows: int,
+        chunk_rows: int,
+    ) -> Tensor:
         stats_dtype = torch.promote_types(hidden.dtype, torch.float32)
         row_max = hidden.new_full(targets.shape, float("-inf"), dtype=stats_dtype)
         sum_exp, target_logit = hidden.new_zeros((2, *targets.shape), dtype=stats_dtype)
@@ -90,7 +113,7 @@ class _ResponseLogps(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_logps,) = grad_outputs
         hidden, weight, local_targets, is_local, log_sum_exp = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]

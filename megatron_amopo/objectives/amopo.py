@@ -2,8 +2,8 @@
 
     L(record) = Σ_d w_d · L_d  (+ γ_ftx · L_SFT)                                          (AMoPO, arXiv 2506.07165)
 
-Takes per-sequence sums of response log-probabilities and statistics of the response tokens' probabilities; gives one loss per
-record. The two tables at the end are the registry: the command line offers exactly what stands there.
+Takes per-sequence sums of response log-probabilities and statistics of the response tokens' probabilities; gives one
+loss per record. The two tables at the end are the registry: the command line offers exactly what stands there.
 
 Shapes: G groups (records), D dimensions, 2 sides (0 chosen, 1 rejected).
 """
@@ -21,7 +21,9 @@ from megatron_amopo.objectives import weights as weightings
 
 @dataclass(frozen=True)
 class PairwiseLoss:
-    """A pairwise loss and the hyperparameters, of ``beta`` and ``gamma``, that it reads, with their published values."""
+    """A pairwise loss and the hyperparameters, of ``beta`` and ``gamma``, that it reads, with their published
+    values.
+    """
 
     function: Callable[..., Tensor]
     defaults: Mapping[str, float]
@@ -80,9 +82,11 @@ def amopo_loss(
 
 
 def sft_loss(sum_logps: Tensor, lengths: Tensor) -> Tensor:
-    """L_SFT ``[G]``: negative log-likelihood per token of the chosen response, averaged over its D prompts; nats per token.
+    """L_SFT ``[G]``: negative log-likelihood per token of the chosen response, averaged over its D prompts; nats per
+    token.
 
-    The released code divides by the length twice; here the mean is taken once (DESIGN §1). Arguments as in :func:`amopo_loss`.
+    The released code divides by the length twice; here the mean is taken once (DESIGN §1). Arguments as in
+    :func:`amopo_loss`.
     """
     return -(sum_logps[..., 0] / lengths[..., 0]).mean(-1)
 
@@ -113,4 +117,3 @@ PAIRWISE_LOSSES: Mapping[str, PairwiseLoss] = MappingProxyType(
 WEIGHTINGS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = MappingProxyType(
     {"gaussian": weightings.gaussian, "uniform": weightings.uniform}
 )
-

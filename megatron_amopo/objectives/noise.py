@@ -1,9 +1,9 @@
 """Noise for the Gaussian weights that belongs to the record, not to the rank, the batch or the moment.
 
-A draw is a pure function of (seed, record, dimension, side, epoch): the counter-based generator Philox4x32-10 (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns that tuple into random bits, Box and Muller's transform turns the
-bits into a pair of standard normals, one for the chosen and one for the rejected response. It runs in NumPy on the host whatever
-device asks, because transcendental functions differ in their last bit between devices.
+A draw is a pure function of (seed, record, dimension, side, epoch): the counter-based generator Philox4x32-10 (Salmon
+et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns that tuple into random bits, Box and Muller's
+transform turns the bits into a pair of standard normals, one for the chosen and one for the rejected response. It runs
+in NumPy on the host whatever device asks, because transcendental functions differ in their last bit between devices.
 """
 
 import numpy as np
@@ -20,7 +20,8 @@ _32 = np.uint64(32)
 
 
 def record_noise(seed: int, record_ids: Tensor, num_dimensions: int, epoch: int | Tensor) -> Tensor:
-    """Standard normal draws ``[G, D, 2]`` float32 on the device of ``record_ids``, identical on every device and layout.
+    """Standard normal draws ``[G, D, 2]`` float32 on the device of ``record_ids``, identical on every device and
+    layout.
 
     Args:
         seed: any integer, taken modulo 2**64.
@@ -38,7 +39,9 @@ def record_noise(seed: int, record_ids: Tensor, num_dimensions: int, epoch: int 
     if ids_G.size and (ids_G.min() < 0 or epochs_G.min() < 0 or epochs_G.max() >= 2**32):
         raise ConfigError("record ids must be ≥ 0 and epochs in [0, 2**32)")
 
-    ids_GD, dimensions_GD = np.broadcast_arrays(ids_G.astype(np.uint64)[:, None], np.arange(num_dimensions, dtype=np.uint64))
+    ids_GD, dimensions_GD = np.broadcast_arrays(
+        ids_G.astype(np.uint64)[:, None], np.arange(num_dimensions, dtype=np.uint64)
+    )
     epochs_GD = np.broadcast_to(epochs_G.astype(np.uint64)[:, None], ids_GD.shape)
     counter = np.stack([ids_GD & _LOW_32, ids_GD >> _32, dimensions_GD, epochs_GD])
     key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], dtype=np.uint64)
@@ -46,7 +49,9 @@ def record_noise(seed: int, record_ids: Tensor, num_dimensions: int, epoch: int 
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Philox4x32 with ten rounds: ``[4, ...]`` counter words and ``[2]`` key words, 32 bits each in uint64, to ``[4, ...]`` words."""
+    """Philox4x32 with ten rounds: ``[4, ...]`` counter words and ``[2]`` key words, 32 bits each in uint64, to ``[4,
+    ...]`` words.
+    """
     x0, x1, x2, x3 = counter
     for _ in range(_ROUNDS):
         product0, product1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]

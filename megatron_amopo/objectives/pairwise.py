@@ -1,7 +1,8 @@
 """Pairwise preference losses: free functions of length-averaged log-probabilities, unreduced.
 
-Each function takes the mean log-probability per response token of a chosen and a rejected response, in nats per token, as two
-tensors of one shape, and gives the loss of each pair in that same shape. Nothing here knows about dimensions, batches or ranks.
+Each function takes the mean log-probability per response token of a chosen and a rejected response, in nats per token,
+as two tensors of one shape, and gives the loss of each pair in that same shape. Nothing here knows about dimensions,
+batches or ranks.
 """
 
 import torch
@@ -34,6 +35,8 @@ def orpo(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, *, beta: float)
 
 
 def _log_odds(mean_logps: Tensor) -> Tensor:
-    """log(p / (1 − p)) for p = exp(mean_logps). A p that rounds to 1 counts as 1 − ε, where the odds would be infinite."""
+    """log(p / (1 − p)) for p = exp(mean_logps). A p that rounds to 1 counts as 1 − ε, where the odds would be
+    infinite.
+    """
     below_one = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
     return below_one - torch.log(-torch.expm1(below_one))

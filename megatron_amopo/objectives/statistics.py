@@ -1,7 +1,7 @@
 """From log-probabilities per token to the figures per sequence that the objectives take.
 
-Takes the response tokens of all sequences, one sequence after the other; gives sums of log-probabilities and mean and standard
-deviation of probabilities. Probabilities are exp(log p): there is no second softmax.
+Takes the response tokens of all sequences, one sequence after the other; gives sums of log-probabilities and mean and
+standard deviation of probabilities. Probabilities are exp(log p): there is no second softmax.
 """
 
 from dataclasses import dataclass
@@ -38,5 +38,6 @@ def response_statistics(logps: Tensor, lengths: Tensor) -> ResponseStatistics:
 
 
 def _segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
-    # Reduces each run in order, unlike index_add_, whose order on CUDA changes from run to run. Lengths sum to N by construction.
+    # Reduces each run in order, unlike index_add_, whose order on CUDA changes from run to run. Lengths sum to N by
+    # construction.
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)

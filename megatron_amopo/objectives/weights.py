@@ -1,7 +1,8 @@
 """Weights over the dimensions of a record: free functions, no gradient.
 
-Shapes ride in names: G groups (records), D dimensions, 2 sides (chosen, rejected). Every function takes the statistics of the
-response tokens' probabilities and gives ``[G, D]`` weights that are positive and sum to one over the dimensions of each record.
+Shapes ride in names: G groups (records), D dimensions, 2 sides (chosen, rejected). Every function takes the statistics
+of the response tokens' probabilities and gives ``[G, D]`` weights that are positive and sum to one over the dimensions
+of each record.
 """
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 @torch.no_grad()
 def gaussian(prob_mean_GD2: Tensor, prob_std_GD2: Tensor, noise_GD2: Tensor) -> Tensor:
-    """Weights of AMoPO (arXiv 2506.07165): w = softmax over d of (m_chosen,d + m_rejected,d) with m = μ + σ·z, z ~ N(0, 1).
+    """Weights of AMoPO (arXiv 2506.07165): w = softmax over d of (m_chosen,d + m_rejected,d) with m = μ + σ·z, z ~ N(0,
+    1).
 
     Args:
         prob_mean_GD2: μ, mean probability of the response's tokens, in [0, 1].

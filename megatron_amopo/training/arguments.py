@@ -1,12 +1,13 @@
 """Our flags beside Megatron's: read once, checked before anything is built, turned into one frozen object.
 
-Takes the command line, the prepared data's manifest and the ``hf/`` folder beside the checkpoint; gives Megatron's validated argument
-namespace and a :class:`RunConfig`. The model's shape comes from ``config.json``: flags that contradict it are refused, as is
-everything that this project has not been shown to compute correctly.
+Takes the command line, the prepared data's manifest and the ``hf/`` folder beside the checkpoint; gives Megatron's
+validated argument namespace and a :class:`RunConfig`. The model's shape comes from ``config.json``: flags that
+contradict it are refused, as is everything that this project has not been shown to compute correctly.
 """
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,40 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     add = group.add_argument
     add("--amopo-data", type=Path, metavar="DIR", help="prepared data of tools/prepare_preferences.py (required)")
     add("--amopo-dimensions", metavar="A,B,…", help="dimensions to train on, e.g. general,correctness (default: all)")
-    add("--amopo-pairwise", choices=list(PAIRWISE_LOSSES), default="simpo", help="loss of a pair (default: %(default)s)")
+    add(
+        "--amopo-pairwise", choices=list(PAIRWISE_LOSSES), default="simpo", help="loss of a pair (default: %(default)s)"
+    )
     add("--amopo-beta", type=float, help="β of the pairwise loss (default: published, simpo 0.8, orpo 0.1)")
     add("--amopo-gamma", type=float, help="γ, target margin of simpo (default: 2.0); other losses have none")
-    add("--amopo-ftx-gamma", type=float, default=0.0, help="γ_ftx, weight of the SFT term on the chosen response (default: 0)")
-    add("--amopo-weighting", choices=list(WEIGHTINGS), default="gaussian", help="weights over dimensions (default: %(default)s)")
-    add("--amopo-epochs", type=int, help="passes over the training records; instead of --train-iters or --train-samples")
+    add(
+        "--amopo-ftx-gamma",
+        type=float,
+        default=0.0,
+        help="γ_ftx, weight of the SFT term on the chosen response (default: 0)",
+    )
+    add(
+        "--amopo-weighting",
+        choices=list(WEIGHTINGS),
+        default="gaussian",
+        help="weights over dimensions (default: %(default)s)",
+    )
+    add(
+        "--amopo-epochs", type=int, help="passes over the training records; instead of --train-iters or --train-samples"
+    )
     add("--amopo-seed", type=int, help="of record order and weight noise (default: --seed)")
     add("--amopo-eval-at-start", action="store_true", help="evaluate before the first step, too")
-    add("--amopo-dump-logps", type=Path, metavar="FILE", help="write each validation record's log-probabilities (JSON lines) at the end")
-    add("--amopo-head-chunk-rows", type=int, default=DEFAULT_CHUNK_ROWS, help="response tokens whose logits exist at a time (default: %(default)s)")
+    add(
+        "--amopo-dump-logps",
+        type=Path,
+        metavar="FILE",
+        help="write each validation record's log-probabilities (JSON lines) at the end",
+    )
+    add(
+        "--amopo-head-chunk-rows",
+        type=int,
+        default=DEFAULT_CHUNK_ROWS,
+        help="response tokens whose logits exist at a time (default: %(default)s)",
+    )
     parser.set_defaults(**DEFAULTS, **({} if device.has_cuda() else device.CPU_ARGUMENTS))
     return parser
 
@@ -109,6 +134,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
     check_tokenizer(groups.manifest, args.amopo_data, hf_folder, args.vocab_size)
     check_data(groups, args.max_position_embeddings)
+    if (validation := open_validation(args.amopo_data, groups.dimensions)) is not None:
+        check_data(validation, args.max_position_embeddings)
 
     data_parallel_size = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     num_samples = _set_lengths(args, groups, data_parallel_size)
@@ -153,13 +180,17 @@ def _dimension_names(args: argparse.Namespace) -> list[str] | None:
     return [name.strip() for name in args.amopo_dimensions.split(",") if name.strip()]
 
 
-def _set_shape(args: argparse.Namespace, shape: dict[str, Any], parser_defaults: dict[str, Any], hf_folder: Path) -> None:
+def _set_shape(
+    args: argparse.Namespace, shape: dict[str, Any], parser_defaults: dict[str, Any], hf_folder: Path
+) -> None:
     """Fill in the model's shape; a flag that was given and says something else is refused."""
     for name, value in shape.items():
         given = getattr(args, name, None)
         if given not in (None, parser_defaults.get(name), value):
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {given} contradicts {hf_folder / 'config.json'}, which says {value}; leave the flag out")
+            raise ConfigError(
+                f"{flag} {given} contradicts {hf_folder / 'config.json'}, which says {value}; leave the flag out"
+            )
         setattr(args, name, value)
     multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     args.padded_vocab_size = math.ceil(args.vocab_size / multiple) * multiple
@@ -190,8 +221,8 @@ def _set_lengths(args: argparse.Namespace, groups: PreparedGroups, data_parallel
     return num_samples
 
 
-def validation_groups(config: RunConfig) -> PreparedGroups | None:
+def open_validation(data: Path, dimensions: Sequence[str]) -> PreparedGroups | None:
     """The validation records, None where the data was prepared without."""
-    if "validation" not in Manifest.load(config.data).records:
+    if not Manifest.load(data).records.get("validation"):
         return None
-    return PreparedGroups.open(config.data, "validation", config.dimensions)
+    return PreparedGroups.open(data, "validation", dimensions)

@@ -1,7 +1,8 @@
-"""What is measured of a micro-batch: name → (sum, count), per dimension, divided in one place after all ranks are summed.
+"""What is measured of a micro-batch: name → (sum, count), per dimension, divided in one place after all ranks are
+summed.
 
-Takes the figures that the loss was made of; gives tensors that Megatron sums over micro-batches and data-parallel ranks.
-Names are ``kind/dimension``; :data:`UNITS` says what each kind is measured in.
+Takes the figures that the loss was made of; gives tensors that Megatron sums over micro-batches and data-parallel
+ranks. Names are ``kind/dimension``; :data:`UNITS` says what each kind is measured in.
 """
 
 import json
@@ -37,8 +38,8 @@ def group_metrics(
 ) -> Metrics:
     """Sums over the micro-batch's counted groups, with their number.
 
-    ``margin`` is c̄ − r̄, the difference of length-averaged log-probabilities; ``accuracy`` the share of records where it is
-    positive; ``prob_mean`` and ``prob_std`` are averaged over both responses of a pair.
+    ``margin`` is c̄ − r̄, the difference of length-averaged log-probabilities; ``accuracy`` the share of records where
+    it is positive; ``prob_mean`` and ``prob_std`` are averaged over both responses of a pair.
     """
     with torch.no_grad():
         mean_logps_GD2 = stats.sum_logps / batch.lengths
@@ -69,7 +70,9 @@ def group_metrics(
 
 @dataclass
 class EvaluatedResponses:
-    """Each validation record's response log-probabilities of the latest evaluation, gathered into a file of JSON lines."""
+    """Each validation record's response log-probabilities of the latest evaluation, gathered into a file of JSON
+    lines.
+    """
 
     dimensions: tuple[str, ...]
     _rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -79,7 +82,9 @@ class EvaluatedResponses:
         self._rows.append((batch.record_ids[kept].cpu(), stats.sum_logps[kept].cpu(), batch.lengths[kept].cpu()))
 
     def write(self, path: Path, group: dist.ProcessGroup, *, is_writer: bool) -> None:
-        """Gather over the data-parallel ``group`` and write ``path``, sorted by record; forget the rows. A collective call."""
+        """Gather over the data-parallel ``group`` and write ``path``, sorted by record; forget the rows. A collective
+        call.
+        """
         gathered: list[list] = [[] for _ in range(group.size())]
         dist.all_gather_object(gathered, self._rows, group=group)
         self._rows = []

@@ -1,7 +1,8 @@
-"""Where the measured numbers go: the console, ``metrics.jsonl`` in the run's folder, and Megatron's TensorBoard and W&B writers.
+"""Where the measured numbers go: the console, ``metrics.jsonl`` in the run's folder, and Megatron's TensorBoard and W&B
+writers.
 
-Takes reduced metrics, after every step and every evaluation, on the rank that prints (the last); gives text and files. Megatron's
-own line hides negative values, which log-probabilities and margins are, so ours stands beside it.
+Takes reduced metrics, after every step and every evaluation, on the rank that prints (the last); gives text and files.
+Megatron's own line hides negative values, which log-probabilities and margins are, so ours stands beside it.
 """
 
 import json
@@ -49,7 +50,9 @@ class Recorder:
     _console: Console = field(default_factory=lambda: Console(width=120, highlight=False))
 
     def start(self, iteration: int) -> None:
-        """Begin at ``iteration``: lines of later iterations, left by a run that was stopped and is now resumed, are dropped."""
+        """Begin at ``iteration``: lines of later iterations, left by a run that was stopped and is now resumed, are
+        dropped.
+        """
         self._interval_start = time.monotonic()
         if self.folder is None or not (self.folder / METRICS_FILE).exists():
             return
@@ -59,8 +62,12 @@ class Recorder:
         partial.write_text("".join(f"{line}\n" for line in lines))
         os.replace(partial, path)
 
-    def step(self, iteration: int, metrics: Mapping[str, Tensor], *, learning_rate: float | None, grad_norm: float | None) -> None:
-        """Take one training step's metrics (0-dim tensors on the device); every ``log_interval`` steps their means go out."""
+    def step(
+        self, iteration: int, metrics: Mapping[str, Tensor], *, learning_rate: float | None, grad_norm: float | None
+    ) -> None:
+        """Take one training step's metrics (0-dim tensors on the device); every ``log_interval`` steps their means go
+        out.
+        """
         names = list(metrics)
         self._pending.append((names, torch.stack([metrics[name].reshape(()).float() for name in names])))
         if iteration % self.log_interval and iteration != self.total_steps:
@@ -92,7 +99,10 @@ class Recorder:
         self._paused += seconds
         values = {name: float(value) for name, value in metrics.items()}
         self._write("validation", iteration, values)
-        table = Table(title=f"validation after step {iteration}: loss {values['loss']:.4f} nats ({seconds:.1f} s)", title_justify="left")
+        table = Table(
+            title=f"validation after step {iteration}: loss {values['loss']:.4f} nats ({seconds:.1f} s)",
+            title_justify="left",
+        )
         table.add_column("dimension")
         for heading in ("margin, nats/token", "accuracy, %", "weight", "mean p", "σ of p", "pair loss, nats"):
             table.add_column(heading, justify="right")

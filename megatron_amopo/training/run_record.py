@@ -1,7 +1,7 @@
 """What a run was, kept beside its checkpoints, so that a resumed run is the same run.
 
-Takes the configuration; gives ``run.json`` in the ``--save`` folder and, at the next start from there, an error where data,
-dimensions, seed or objective differ.
+Takes the configuration; gives ``run.json`` in the ``--save`` folder and, at the next start from there, an error where
+data, dimensions, seed or objective differ.
 """
 
 import json
@@ -23,7 +23,10 @@ def run_record(config: RunConfig) -> dict[str, Any]:
         "--amopo-data": config.data_sha256,
         "--amopo-dimensions": list(config.dimensions),
         "--amopo-pairwise": config.pairwise,
-        **{f"--amopo-{k}": v for k, v in pairwise_parameters(config.pairwise, beta=config.beta, gamma=config.gamma).items()},
+        **{
+            f"--amopo-{k}": v
+            for k, v in pairwise_parameters(config.pairwise, beta=config.beta, gamma=config.gamma).items()
+        },
         "--amopo-ftx-gamma": config.ftx_gamma,
         "--amopo-weighting": config.weighting,
         "--amopo-seed": config.noise_seed,
@@ -42,7 +45,8 @@ def check_resumed_run(args: Namespace, config: RunConfig) -> None:
     """Compare with the record in the ``--load`` folder, if a run is resumed from there.
 
     Raises:
-        CheckpointError: naming what differs. ``--finetune`` starts a new run from the weights and isn't held to the record.
+        CheckpointError: naming what differs. ``--finetune`` starts a new run from the weights and isn't held to the
+            record.
     """
     if args.load is None or args.finetune or not (path := Path(args.load) / RUN_RECORD).is_file():
         return
@@ -52,6 +56,6 @@ def check_resumed_run(args: Namespace, config: RunConfig) -> None:
             was = "other data" if flag == "--amopo-data" else before.get(flag)
             now = "" if flag == "--amopo-data" else f", now {value}"
             raise CheckpointError(
-                f"{args.load} holds a run with another {flag} ({was}{now}). Resume with the same one, or start a new run from its "
-                "weights with --finetune and another --save"
+                f"{args.load} holds a run with another {flag} ({was}{now}). Resume with the same one, or start a new "
+                "run from its weights with --finetune and another --save"
             )

@@ -1,7 +1,7 @@
 """One training step, read from top to bottom: micro-batch → model → log-probabilities → objective → loss and metrics.
 
-:class:`Step` is Megatron's ``forward_step_func``. Everything before it is planning (``data/batching.py``), everything after it is
-Megatron's: backward, reduction over micro-batches and ranks, optimizer.
+:class:`Step` is Megatron's ``forward_step_func``. Everything before it is planning (``data/batching.py``), everything
+after it is Megatron's: backward, reduction over micro-batches and ranks, optimizer.
 
 Shapes: G groups of the micro-batch, D dimensions, 2 sides (chosen, rejected), N response tokens.
 """
@@ -25,7 +25,9 @@ LossAndMetrics = tuple[Tensor, Tensor, Metrics]
 
 
 class Step:
-    """Megatron's forward step. In evaluation it also hands each record's figures to ``evaluated``, when there is one."""
+    """Megatron's forward step. In evaluation it also hands each record's figures to ``evaluated``, when there is
+    one.
+    """
 
     def __init__(self, config: RunConfig, evaluated: EvaluatedResponses | None = None):
         self.config = config
@@ -38,9 +40,7 @@ class Step:
         timer.start()
         batch = next(data_iterator).to(device.current_device())
         timer.stop()
-        output = forward_logps(
-            model, batch, vocab_size=self.config.vocab_size, chunk_rows=self.config.head_chunk_rows
-        )
+        output = forward_logps(model, batch, vocab_size=self.config.vocab_size, chunk_rows=self.config.head_chunk_rows)
         evaluated = None if model.training else self.evaluated
         return output, partial(loss_and_metrics, batch, self.config, evaluated)
 
@@ -50,8 +50,8 @@ def loss_and_metrics(
 ) -> LossAndMetrics:
     """The last pipeline stage's loss: (sum over groups, number of groups, metrics).
 
-    Megatron divides the gradient by the number of groups of the whole global batch (``--calculate-per-token-loss``), which makes it
-    the exact mean over groups however many each micro-batch holds.
+    Megatron divides the gradient by the number of groups of the whole global batch (``--calculate-per-token-loss``),
+    which makes it the exact mean over groups however many each micro-batch holds.
 
     Args:
         batch: the micro-batch.

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 -m megatron_amopo.train --amopo-data DIR --pretrained-checkpoint DIR --save DIR …
 
-Every Megatron flag works unless it is refused by name (``checks.py``). This is the only file that knows the signatures of
-Megatron's training loop, which move between minor releases.
+Every Megatron flag works unless it is refused by name (``checks.py``). This is the only file that knows the signatures
+of Megatron's training loop, which move between minor releases.
 """
 
 import functools
@@ -21,34 +21,36 @@ from megatron_amopo import device
 
 device.prepare()
 
-import torch.distributed as dist  # noqa: E402
-from megatron.core import mpu  # noqa: E402
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
-from megatron.training import get_args, print_rank_0, training  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training import get_args, print_rank_0, training
+from megatron.training.argument_utils import (
     core_transformer_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.global_vars import (  # noqa: E402
+from megatron.training.global_vars import (
     get_tensorboard_writer,
     get_wandb_writer,
     set_global_variables,
 )
 
-from megatron_amopo.data.batching import MicroBatches, SampleOrder  # noqa: E402
-from megatron_amopo.data.dataset import PreparedGroups  # noqa: E402
-from megatron_amopo.errors import AmopoError  # noqa: E402
-from megatron_amopo.model.builder import build_model  # noqa: E402
-from megatron_amopo.training.arguments import RunConfig, parse_arguments, validation_groups  # noqa: E402
-from megatron_amopo.training.metrics import EvaluatedResponses  # noqa: E402
-from megatron_amopo.training.recorder import Recorder  # noqa: E402
-from megatron_amopo.training.run_record import check_resumed_run, write_run_record  # noqa: E402
-from megatron_amopo.training.step import Step  # noqa: E402
+from megatron_amopo.data.batching import MicroBatches, SampleOrder
+from megatron_amopo.data.dataset import PreparedGroups
+from megatron_amopo.errors import AmopoError
+from megatron_amopo.model.builder import build_model
+from megatron_amopo.training.arguments import RunConfig, open_validation, parse_arguments
+from megatron_amopo.training.metrics import EvaluatedResponses
+from megatron_amopo.training.recorder import Recorder
+from megatron_amopo.training.run_record import check_resumed_run, write_run_record
+from megatron_amopo.training.step import Step
 
 
 def main() -> None:
-    """Train, evaluate and save as the command line says; exit code 2 and one line for an error that is the user's to mend."""
+    """Train, evaluate and save as the command line says; exit code 2 and one line for an error that is the user's to
+    mend.
+    """
     try:
         args, config = parse_arguments()
         check_resumed_run(args, config)
@@ -70,7 +72,7 @@ def run(args: Namespace, config: RunConfig) -> None:
         warnings.filterwarnings("ignore", message=".*recommended to use a ModelConfig.*")
         container = pretrain_cfg_container_from_args(args)
     evaluated = EvaluatedResponses(config.dimensions) if config.dump_logps else None
-    with _our_hooks(config, evaluated):
+    with _OurHooks(config, evaluated):
         training.pretrain(
             container,
             _datasets_provider(config),
@@ -81,7 +83,12 @@ def run(args: Namespace, config: RunConfig) -> None:
 
 
 def _model_provider(
-    run_config: RunConfig, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, config: Any = None, pg_collection: Any = None
+    run_config: RunConfig,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: Any = None,
+    pg_collection: Any = None,
 ) -> Any:
     """Megatron's model provider: this rank's pipeline stage."""
     return build_model(
@@ -117,7 +124,7 @@ def _datasets_provider(config: RunConfig) -> Callable[..., tuple]:
         )
         if vp_stage in (None, 0):
             print_rank_0(_plan(args, config, len(train_groups)))
-        valid_groups = validation_groups(config)
+        valid_groups = open_validation(config.data, config.dimensions)
         if valid_groups is None:
             return train, None, None
         eval_micro_batches = args.eval_global_batch_size // (args.eval_micro_batch_size * common["dp_size"])
@@ -144,12 +151,14 @@ def _plan(args: Namespace, config: RunConfig, num_records: int) -> str:
         epochs = args.train_iters * batch / num_records if args.train_iters else 0
         return text + f"{args.train_iters} steps of {batch} records, {epochs:.2f} epochs"
     last = config.num_samples - (args.train_iters - 1) * batch
-    return text + f"{config.num_epochs} epochs = {config.num_samples:,} samples, {args.train_iters} steps of {batch} records" + (
-        f"; the last step has {last}" if last != batch else ""
+    return (
+        text
+        + f"{config.num_epochs} epochs = {config.num_samples:,} samples, {args.train_iters} steps of {batch} records"
+        + (f"; the last step has {last}" if last != batch else "")
     )
 
 
-class _our_hooks:  # noqa: N801 - used like a function
+class _OurHooks:
     """Puts our records into Megatron's loop by wrapping four of its functions for the time of a run.
 
     - ``training_log`` sees every step's reduced metrics, but prints only values ≥ 0 and no rates of records and tokens;
@@ -164,7 +173,10 @@ class _our_hooks:  # noqa: N801 - used like a function
         self.evaluated_at: int | None = None
 
     def __enter__(self) -> None:
-        self.original = {name: getattr(training, name) for name in ("training_log", "evaluate_and_print_results", "train", "save_checkpoint")}
+        self.original = {
+            name: getattr(training, name)
+            for name in ("training_log", "evaluate_and_print_results", "train", "save_checkpoint")
+        }
         training.training_log = self._training_log
         training.evaluate_and_print_results = self._evaluate
         training.train = self._train
@@ -191,21 +203,47 @@ class _our_hooks:  # noqa: N801 - used like a function
             self.recorder.start(args.iteration)
         return self.recorder
 
-    def _train(self, forward_step: Any, model: Any, optimizer: Any, scheduler: Any, train_iterator: Any, valid_iterator: Any, process: Any, config: Any, *rest: Any, **options: Any) -> Any:
+    def _train(
+        self,
+        forward_step: Any,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        train_iterator: Any,
+        valid_iterator: Any,
+        process: Any,
+        config: Any,
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
         args = get_args()
         if self.config.eval_at_start and args.do_valid and args.iteration == 0:
             self._evaluate("", forward_step, valid_iterator, model, 0, process, config)
         if recorder := self._record():
             recorder.start(args.iteration)
-        return self.original["train"](forward_step, model, optimizer, scheduler, train_iterator, valid_iterator, process, config, *rest, **options)
+        return self.original["train"](
+            forward_step, model, optimizer, scheduler, train_iterator, valid_iterator, process, config, *rest, **options
+        )
 
-    def _training_log(self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *rest: Any, **options: Any) -> Any:
+    def _training_log(
+        self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *rest: Any, **options: Any
+    ) -> Any:
         if loss_dict and (recorder := self._record()):
             recorder.step(iteration, loss_dict, learning_rate=learning_rate, grad_norm=rest[3])
         shown = {name: value for name, value in loss_dict.items() if name == "loss"}
         return self.original["training_log"](shown, total_loss_dict, learning_rate, iteration, *rest, **options)
 
-    def _evaluate(self, _prefix: str, forward_step: Any, iterator: Any, model: Any, iteration: int, _process: Any, config: Any, **options: Any) -> None:
+    def _evaluate(
+        self,
+        _prefix: str,
+        forward_step: Any,
+        iterator: Any,
+        model: Any,
+        iteration: int,
+        _process: Any,
+        config: Any,
+        **options: Any,
+    ) -> None:
         if self.evaluated_at == iteration:
             return
         start = time.monotonic()
@@ -237,4 +275,3 @@ def _copy_hf_folder(source: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
     os.replace(partial, target)
-

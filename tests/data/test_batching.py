@@ -1,4 +1,6 @@
-"""Orders, dealing and packing: pure functions against their plainest restatement, and the stream of micro-batches as a whole."""
+"""Orders, dealing and packing: pure functions against their plainest restatement, and the stream of micro-batches as a
+whole.
+"""
 
 import itertools
 
@@ -17,7 +19,17 @@ def group(record_id=7):
     def ids(*values):
         return np.array(values, dtype=np.int32)
 
-    return TokenizedGroup(record_id, (ids(1, 2, 3), ids(4)), (ids(10, 11), ids(10)), (ids(20,), ids(20, 21, 22)))
+    return TokenizedGroup(
+        record_id,
+        (ids(1, 2, 3), ids(4)),
+        (ids(10, 11), ids(10)),
+        (
+            ids(
+                20,
+            ),
+            ids(20, 21, 22),
+        ),
+    )
 
 
 def test_pack_by_hand():
@@ -87,7 +99,13 @@ def stream(prepared, *, split="train", rank=0, size=1, micro=2, count=4, dimensi
     groups = PreparedGroups.open(prepared, split, dimensions)
     options = {"num_samples": None, "noise_seed": 5, **options}
     return MicroBatches(
-        groups, SampleOrder(len(groups), 5), num_micro_batches=lambda: count, micro_batch_size=micro, dp_rank=rank, dp_size=size, **options
+        groups,
+        SampleOrder(len(groups), 5),
+        num_micro_batches=lambda: count,
+        micro_batch_size=micro,
+        dp_rank=rank,
+        dp_size=size,
+        **options,
     )
 
 
@@ -103,7 +121,9 @@ def test_ranks_and_micro_batches_share_each_global_batch(prepared):
             batches = [
                 batch
                 for rank in range(size)
-                for batch in itertools.islice(stream(prepared, rank=rank, size=size, micro=micro, count=count, consumed_samples=start), count)
+                for batch in itertools.islice(
+                    stream(prepared, rank=rank, size=size, micro=micro, count=count, consumed_samples=start), count
+                )
             ]
             assert sorted(records(batches)) == sorted(expected[start : start + 8])
 
@@ -118,7 +138,9 @@ def test_a_resumed_stream_goes_on(prepared):
 
 def test_the_last_batch_is_incomplete_and_nothing_is_counted_twice(prepared):
     """22 records in batches of 8 on two ranks: the third has 6, and a fourth doesn't exist."""
-    batches = [batch for rank in range(2) for batch in stream(prepared, rank=rank, size=2, micro=1, count=4, num_samples=22)]
+    batches = [
+        batch for rank in range(2) for batch in stream(prepared, rank=rank, size=2, micro=1, count=4, num_samples=22)
+    ]
     assert len(batches) == 2 * 3 * 4
     assert sorted(records(batches)) == sorted(PreparedGroups.open(prepared).record_ids.tolist())
     fillers = [batch for batch in batches if not batch.counted.any()]
@@ -143,10 +165,13 @@ def test_noise_belongs_to_the_record_and_the_epoch(prepared):
         for epoch, (_, noise) in enumerate(draws):
             assert torch.equal(noise, record_noise(5, torch.tensor([record]), 3, epoch)[0])
     subset = next(stream(prepared, count=1, micro=8, dimensions=["general", "quality_2"]))
-    assert torch.equal(subset.noise, batches[0].noise[:, [0, 2]][[batches[0].record_ids.tolist().index(r) for r in subset.record_ids.tolist()]])
+    assert torch.equal(
+        subset.noise,
+        batches[0].noise[:, [0, 2]][[batches[0].record_ids.tolist().index(r) for r in subset.record_ids.tolist()]],
+    )
 
 
-def test_pin_and_move_keep_the_content(prepared):
+def test_moving_keeps_the_content(prepared):
     batch = next(stream(prepared))
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.targets, batch.targets)

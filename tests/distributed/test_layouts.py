@@ -1,4 +1,6 @@
-"""One result under every layout: first gradients, losses of five steps and weights after them equal one rank's, in float32."""
+"""One result under every layout: first gradients, losses of five steps and weights after them equal one rank's, in
+float32.
+"""
 
 from pathlib import Path
 
@@ -11,7 +13,8 @@ TOLERANCE = 1e-5
 STEPS = 5
 SGD = ["--optimizer", "sgd", "--sgd-momentum", "0", "--lr", "0.05"]
 ADAM = ["--optimizer", "adam", "--lr", "1e-3"]
-# The distributed optimizer knows no SGD. Adam without momentum and with an epsilon far above any gradient is SGD of rate lr / eps.
+# The distributed optimizer knows no SGD. Adam without momentum and with an epsilon far above any gradient is SGD of
+# rate lr / eps.
 SGD_BY_ADAM = ["--optimizer", "adam", "--adam-beta1", "0", "--adam-eps", "1e3", "--lr", "50"]
 
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -27,7 +30,10 @@ LAYOUTS = {
     "tp2-dp2": (4, TP2),
     "pp2-vpp2": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "micro-batch-4": (1, ["--micro-batch-size", "4"]),
-    "recompute": (1, ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]),
+    "recompute": (
+        1,
+        ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    ),
 }
 
 
@@ -37,13 +43,16 @@ def flags(place, save: Path, *extra: str, tied: bool = True) -> list[str]:
         "--pretrained-checkpoint", str(place.mcore if tied else place.mcore_untied),
         "--tensorboard-dir", str(save),
         "--micro-batch-size", "1", "--global-batch-size", "8", "--train-iters", str(STEPS), "--log-interval", "1",
-        "--lr-decay-style", "constant", "--weight-decay", "0", "--clip-grad", "0.5", "--amopo-eval-at-start", "--amopo-ftx-gamma", "0.1",
+        "--lr-decay-style", "constant", "--weight-decay", "0", "--clip-grad", "0.5",
+        "--amopo-eval-at-start", "--amopo-ftx-gamma", "0.1",
         *extra,
     ]  # fmt: skip
 
 
 def relative_error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference of all tensors over the norm of the expected ones; a padded vocabulary counts as far as it is filled."""
+    """Norm of the difference of all tensors over the norm of the expected ones; a padded vocabulary counts as far as it
+    is filled.
+    """
     assert actual.keys() == expected.keys()
     difference = total = 0.0
     for name, reference in expected.items():

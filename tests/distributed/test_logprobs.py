@@ -37,10 +37,17 @@ def plain(hidden, weight, targets, lengths, noise, incoming, vocab_size):
     loss = amopo_loss(sums, lengths, mean, std, noise).loss
     loss_incoming = torch.linspace(0.5, -2.0, loss.shape[0], dtype=loss.dtype)
     loss_gradients = torch.autograd.grad(loss, (hidden, weight), loss_incoming)
-    return {"logps": values.detach(), "loss": loss.detach(), "logps_gradients": logps_gradients, "loss_gradients": loss_gradients}
+    return {
+        "logps": values.detach(),
+        "loss": loss.detach(),
+        "logps_gradients": logps_gradients,
+        "loss_gradients": loss_gradients,
+    }
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
 # 151 and 300 rows don't divide by TP × 128; with 100 of 256 the second of two ranks holds nothing but padding.
 @pytest.mark.parametrize(("vocab_size", "padded"), [(151, 256), (300, 512), (100, 256), (256, 256)])
 @pytest.mark.parametrize("tp", [1, 2])
@@ -50,7 +57,16 @@ def test_values_and_gradients(ranks, tp, vocab_size, padded, dtype, tolerance):
     chunk_rows = 7 if hidden.shape[0] % 7 else 9
     assert hidden.shape[0] % chunk_rows
     results = ranks.run(
-        head_and_loss, tp, hidden.to(dtype), weight.to(dtype), targets, lengths, noise.to(dtype), incoming, vocab_size, chunk_rows
+        head_and_loss,
+        tp,
+        hidden.to(dtype),
+        weight.to(dtype),
+        targets,
+        lengths,
+        noise.to(dtype),
+        incoming,
+        vocab_size,
+        chunk_rows,
     )
     expected = plain(*inputs, vocab_size)
 

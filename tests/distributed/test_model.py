@@ -34,8 +34,13 @@ def separate_logps(model, groups):
 
 @pytest.fixture(scope="module")
 def expected(workplace, batches):
-    models = {tied: AutoModelForCausalLM.from_pretrained(workplace.hf if tied else workplace.hf_untied) for tied in (True, False)}
-    return {tied: [separate_logps(model.float().eval(), groups) for groups in batches] for tied, model in models.items()}
+    models = {
+        tied: AutoModelForCausalLM.from_pretrained(workplace.hf if tied else workplace.hf_untied)
+        for tied in (True, False)
+    }
+    return {
+        tied: [separate_logps(model.float().eval(), groups) for groups in batches] for tied, model in models.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -55,4 +60,6 @@ def test_positions_and_prefixes_matter(ranks, workplace, batches, expected):
     """The comparison above would notice if the rejected response saw the chosen one."""
     swapped = [[type(g)(g.record_id, g.prompts, g.rejected, g.chosen) for g in groups] for groups in batches[:3]]
     actual = ranks.run(packed_logps, 1, workplace.mcore, swapped)[0]
-    assert all((a - e).abs().max() > 1e-3 for a, e in zip(actual, expected[True][:3], strict=True) if a.shape == e.shape)
+    assert all(
+        (a - e).abs().max() > 1e-3 for a, e in zip(actual, expected[True][:3], strict=True) if a.shape == e.shape
+    )

@@ -16,7 +16,11 @@ FLAGS = {
     "fp16": (["--fp16"], 1, "--fp16 is not supported: use --bf16"),
     "dropout": (["--hidden-dropout", "0.1"], 1, "--hidden-dropout is not supported"),
     "attention dropout": (["--attention-dropout", "0.1"], 1, "--attention-dropout is not supported"),
-    "param gather": (["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"], 1, "--overlap-param-gather is not supported"),
+    "param gather": (
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+        1,
+        "--overlap-param-gather is not supported",
+    ),
     "eval iters": (["--eval-iters", "3"], 1, "--eval-iters is not supported"),
     "ramp-up": (["--step-batch-size-schedule", "0:8 100:16"], 1, "--step-batch-size-schedule is not supported"),
     "skipping": (["--iterations-to-skip", "3"], 1, "--iterations-to-skip is not supported"),
@@ -27,12 +31,28 @@ FLAGS = {
     "ftx": (["--amopo-ftx-gamma", "-1"], 1, "--amopo-ftx-gamma is -1.0"),
     "chunk": (["--amopo-head-chunk-rows", "0"], 1, "--amopo-head-chunk-rows is 0"),
     "dimension": (["--amopo-dimensions", "general,beauty"], 1, "no dimension 'beauty'"),
-    "more ranks than layout": (["--tensor-model-parallel-size", "2"], 3, "3 rank(s) were started, which is not a multiple of --tensor-model-parallel-size 2"),
-    "heads": (["--tensor-model-parallel-size", "4"], 4, "--tensor-model-parallel-size 4 doesn't divide the model's 2 key-value heads"),
-    "layers": (["--pipeline-model-parallel-size", "8"], 8, "--pipeline-model-parallel-size 8 is more than the model's 4 layers"),
+    "more ranks than layout": (
+        ["--tensor-model-parallel-size", "2"],
+        3,
+        "3 rank(s) were started, which is not a multiple of --tensor-model-parallel-size 2",
+    ),
+    "heads": (
+        ["--tensor-model-parallel-size", "4"],
+        4,
+        "--tensor-model-parallel-size 4 doesn't divide the model's 2 key-value heads",
+    ),
+    "layers": (
+        ["--pipeline-model-parallel-size", "8"],
+        8,
+        "--pipeline-model-parallel-size 8 is more than the model's 4 layers",
+    ),
     "batch": (["--global-batch-size", "6"], 4, "--global-batch-size 6 is not a multiple of --micro-batch-size 1 × 4"),
     "eval batch": (["--eval-global-batch-size", "3"], 2, "--eval-global-batch-size 3 is not a multiple"),
-    "Megatron's own": (["--sequence-parallel", "--num-layers-per-virtual-pipeline-stage", "2"], 1, "Megatron refuses these flags"),
+    "Megatron's own": (
+        ["--sequence-parallel", "--num-layers-per-virtual-pipeline-stage", "2"],
+        1,
+        "Megatron refuses these flags",
+    ),
 }  # fmt: skip
 
 
@@ -54,7 +74,10 @@ def test_missing_pieces(ranks, workplace, tmp_path):
         ([*model, *BASE], "--amopo-data is missing"),
         ([*data, *BASE], "nothing to start from"),
         ([*data, *model, *BASE[2:]], "--micro-batch-size is missing"),
-        ([*data, "--pretrained-checkpoint", str(tmp_path), *BASE], f"--pretrained-checkpoint {tmp_path} holds no checkpoint"),
+        (
+            [*data, "--pretrained-checkpoint", str(tmp_path), *BASE],
+            f"--pretrained-checkpoint {tmp_path} holds no checkpoint",
+        ),
         ([*model, "--amopo-data", str(tmp_path / "none"), *BASE], f"no prepared data at {tmp_path / 'none'}"),
         ([*model, "--amopo-data", str(tmp_path), *BASE], "manifest.json"),
     ]:
@@ -107,8 +130,12 @@ def test_wrong_tokenizer(ranks, workplace, tmp_path):
     copy = tmp_path / "mcore"
     shutil.copytree(workplace.mcore, copy)
     words = {f"w{i}": i for i in range(100)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w1", pad_token="w2")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}w1{% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w1", pad_token="w2"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}w1{% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    )
     tokenizer.save_pretrained(copy / "hf")
     flags = ["--amopo-data", str(workplace.data), "--pretrained-checkpoint", str(copy), *BASE]
     message = ranks.run(refusal, 1, flags)[0]

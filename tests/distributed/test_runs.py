@@ -1,4 +1,6 @@
-"""Whole runs: resume, epochs with an incomplete last batch, evaluation alone, bfloat16, noise under every layout, the export."""
+"""Whole runs: resume, epochs with an incomplete last batch, evaluation alone, bfloat16, noise under every layout, the
+export.
+"""
 
 import json
 import math
@@ -19,7 +21,8 @@ TIMING = {"records_per_s", "tokens_per_s"}
 def flags(place, *extra: str) -> list[str]:
     return [
         "--amopo-data", str(place.data), "--pretrained-checkpoint", str(place.mcore),
-        "--micro-batch-size", "2", "--global-batch-size", "8", "--log-interval", "1", "--lr", "1e-3", "--lr-decay-style", "cosine",
+        "--micro-batch-size", "2", "--global-batch-size", "8", "--log-interval", "1",
+        "--lr", "1e-3", "--lr-decay-style", "cosine",
         "--lr-decay-iters", "10", "--lr-warmup-fraction", "0.1", "--min-lr", "0", "--clip-grad", "1.0", *extra,
     ]  # fmt: skip
 
@@ -39,7 +42,9 @@ def equal(left, right):
     ids=["tp2", "dp2-distopt"],
 )
 def test_resume_is_the_run_that_was_never_stopped(ranks, workplace, tmp_path, num_ranks, layout):
-    """Six steps straight against three, stop, resume, three: bitwise. 24 records, 8 a step: crosses the end of an epoch."""
+    """Six steps straight against three, stop, resume, three: bitwise. 24 records, 8 a step: crosses the end of an
+    epoch.
+    """
     runs = {}
     for name, stops in (("straight", [[]]), ("resumed", [["--exit-interval", "3"], []])):
         save = tmp_path / name
@@ -52,28 +57,46 @@ def test_resume_is_the_run_that_was_never_stopped(ranks, workplace, tmp_path, nu
 
 
 def test_resume_under_another_layout(ranks, workplace, tmp_path):
-    """Three steps on DP 2 with the distributed optimizer, three more on TP 2 × PP 2: the losses of six steps on one rank."""
+    """Three steps on DP 2 with the distributed optimizer, three more on TP 2 × PP 2: the losses of six steps on one
+    rank.
+    """
     reference, moved = tmp_path / "reference", tmp_path / "moved"
     ranks.run(train, 1, flags(workplace, "--save", str(reference), "--no-save-optim", "--train-iters", "6"))
     own = ["--save", str(moved), "--load", str(moved), "--train-iters", "6", "--use-distributed-optimizer"]
     ranks.run(train, 2, flags(workplace, *own, "--exit-interval", "3"))
-    ranks.run(train, 4, flags(workplace, *own, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"))
+    ranks.run(
+        train, 4, flags(workplace, *own, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+    )
     losses = [[step["loss"] for step in metrics(folder)] for folder in (moved, reference)]
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_epochs_end_with_what_is_left(ranks, workplace, tmp_path, capfd):
-    """Two epochs of 24 records in steps of 20: two whole steps and one of eight records, on two ranks; nothing lost, nothing twice."""
+    """Two epochs of 24 records in steps of 20: two whole steps and one of eight records, on two ranks; nothing lost,
+    nothing twice.
+    """
     run = ["--save", str(tmp_path), "--no-save-optim", "--amopo-epochs", "2", "--global-batch-size", "20", "--lr", "0"]
     ranks.run(train, 2, [*flags(workplace), *run], want_tensors=False)
     steps = metrics(tmp_path)
     assert len(steps) == 3
     assert "2 epochs = 48 samples, 3 steps of 20 records; the last step has 8" in capfd.readouterr().out
-    # With a learning rate of 0 every record has the same margins in both epochs, so their sums over the steps must be twice the
-    # sums over all records once.
+    # With a learning rate of 0 every record has the same margins in both epochs, so their sums over the steps must be
+    # twice the sums over all records once.
     once = tmp_path / "once"
-    own = ["--save", str(once), "--no-save-optim", "--amopo-epochs", "1", "--global-batch-size", "24", "--micro-batch-size", "3", "--lr", "0"]
+    own = [
+        "--save",
+        str(once),
+        "--no-save-optim",
+        "--amopo-epochs",
+        "1",
+        "--global-batch-size",
+        "24",
+        "--micro-batch-size",
+        "3",
+        "--lr",
+        "0",
+    ]
     ranks.run(train, 1, [*flags(workplace), *own], want_tensors=False)
     (whole,) = metrics(once)
     for name in ("margin/general", "accuracy/quality_1", "logps_rejected/quality_2", "tokens_per_record"):
@@ -82,7 +105,9 @@ def test_epochs_end_with_what_is_left(ranks, workplace, tmp_path, capfd):
 
 
 def test_evaluation_alone_and_its_dump(ranks, workplace, tmp_path):
-    """--skip-train evaluates the ten validation records, not divisible by the batch, under DP 2; the dump equals transformers."""
+    """--skip-train evaluates the ten validation records, not divisible by the batch, under DP 2; the dump equals
+    transformers.
+    """
     dump = tmp_path / "logps.jsonl"
     own = ["--skip-train", "--train-iters", "1", "--tensorboard-dir", str(tmp_path), "--amopo-dump-logps", str(dump)]
     ranks.run(train, 2, flags(workplace, *own), want_tensors=False)
@@ -97,7 +122,9 @@ def test_evaluation_alone_and_its_dump(ranks, workplace, tmp_path):
     margins = []
     for index in range(len(groups)):
         group = groups[index]
-        parts = separate_logps(model, [group]).split([n for d in range(3) for n in (len(group.chosen[d]), len(group.rejected[d]))])
+        parts = separate_logps(model, [group]).split(
+            [n for d in range(3) for n in (len(group.chosen[d]), len(group.rejected[d]))]
+        )
         for d, line in enumerate(lines[3 * index : 3 * index + 3]):
             chosen, rejected = parts[2 * d].sum().item(), parts[2 * d + 1].sum().item()
             assert line["chosen"] == pytest.approx(chosen, abs=1e-4)
@@ -111,7 +138,15 @@ def test_evaluation_alone_and_its_dump(ranks, workplace, tmp_path):
 
 def test_bfloat16_follows_float32(ranks, workplace, tmp_path):
     for name, precision in (("float32", []), ("bfloat16", ["--bf16"])):
-        own = ["--save", str(tmp_path / name), "--train-iters", "4", "--tensor-model-parallel-size", "2", "--use-distributed-optimizer"]
+        own = [
+            "--save",
+            str(tmp_path / name),
+            "--train-iters",
+            "4",
+            "--tensor-model-parallel-size",
+            "2",
+            "--use-distributed-optimizer",
+        ]
         ranks.run(train, 2, flags(workplace, *own, *precision))
     wide, narrow = ([step["loss"] for step in metrics(tmp_path / name)] for name in ("float32", "bfloat16"))
     assert all(math.isfinite(loss) for loss in narrow)
@@ -121,7 +156,17 @@ def test_bfloat16_follows_float32(ranks, workplace, tmp_path):
 
 def test_a_subset_of_dimensions_draws_the_same_noise(ranks, workplace, tmp_path):
     """The weights of a run on two of three dimensions are the published formula on these two's own noise."""
-    run = ["--tensorboard-dir", str(tmp_path), "--skip-train", "--train-iters", "1", "--amopo-dimensions", "general,quality_2", "--amopo-seed", "77"]
+    run = [
+        "--tensorboard-dir",
+        str(tmp_path),
+        "--skip-train",
+        "--train-iters",
+        "1",
+        "--amopo-dimensions",
+        "general,quality_2",
+        "--amopo-seed",
+        "77",
+    ]
     ranks.run(train, 1, flags(workplace, *run), want_tensors=False)
     (summary,) = metrics(tmp_path, "validation")
     groups = PreparedGroups.open(workplace.data, "validation", ["general", "quality_2"])
@@ -132,7 +177,9 @@ def test_a_subset_of_dimensions_draws_the_same_noise(ranks, workplace, tmp_path)
         group = groups[index]
         lengths = [n for d in range(2) for n in (len(group.chosen[d]), len(group.rejected[d]))]
         probs = [part.exp() for part in separate_logps(model, [group]).split(lengths)]
-        draws = [p.mean() + (p.std() if len(p) > 1 else 0) * z for p, z in zip(probs, noise[index].flatten(), strict=True)]
+        draws = [
+            p.mean() + (p.std() if len(p) > 1 else 0) * z for p, z in zip(probs, noise[index].flatten(), strict=True)
+        ]
         weights.append(torch.softmax(torch.stack([draws[0] + draws[1], draws[2] + draws[3]]), 0))
     mean = torch.stack(weights).mean(0)
     assert [summary["weight/general"], summary["weight/quality_2"]] == pytest.approx(mean.tolist(), abs=1e-5)
@@ -150,6 +197,10 @@ def test_trained_weights_go_back_to_hugging_face(ranks, workplace, tmp_path):
     groups = PreparedGroups.open(workplace.data, "validation")
     lines = [json.loads(line) for line in dump.read_text().splitlines()]
     group = groups[4]
-    parts = separate_logps(model, [group]).split([n for d in range(3) for n in (len(group.chosen[d]), len(group.rejected[d]))])
+    parts = separate_logps(model, [group]).split(
+        [n for d in range(3) for n in (len(group.chosen[d]), len(group.rejected[d]))]
+    )
     for d, line in enumerate(lines[12:15]):
-        assert [line["chosen"], line["rejected"]] == pytest.approx([parts[2 * d].sum().item(), parts[2 * d + 1].sum().item()], abs=1e-4)
+        assert [line["chosen"], line["rejected"]] == pytest.approx(
+            [parts[2 * d].sum().item(), parts[2 * d + 1].sum().item()], abs=1e-4
+        )

@@ -1,4 +1,6 @@
-"""The fused head without ranks: low precision, memory, refusals. Values against float64 are in ``tests/distributed``."""
+"""The fused head without ranks: low precision, memory, refusals. Values against float64 are in
+``tests/distributed``.
+"""
 
 import re
 
@@ -23,7 +25,9 @@ def test_bfloat16_has_float32_statistics():
     result = response_logps(hidden, weight, targets, chunk_rows=16)
     assert result.dtype == torch.float32
     logits = (hidden @ weight.t()).double()
-    torch.testing.assert_close(result.double(), logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        result.double(), logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=1e-6
+    )
 
     incoming = torch.linspace(-1, 3, len(targets))
     gradients = torch.autograd.grad(result, (hidden, weight), incoming)
@@ -36,7 +40,9 @@ def test_bfloat16_has_float32_statistics():
 
 def test_weight_gradient_does_not_depend_on_the_chunks():
     hidden, weight, targets = inputs(rows=300, dtype=torch.bfloat16)
-    gradients = [torch.autograd.grad(response_logps(hidden, weight, targets, chunk_rows=c).sum(), weight)[0] for c in (7, 300)]
+    gradients = [
+        torch.autograd.grad(response_logps(hidden, weight, targets, chunk_rows=c).sum(), weight)[0] for c in (7, 300)
+    ]
     assert (gradients[0].double() - gradients[1].double()).norm() < 0.004 * gradients[1].double().norm()
 
 
@@ -45,7 +51,8 @@ def test_keeps_nothing_of_size_rows_by_vocabulary():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         response_logps(hidden, weight, targets)
-    assert saved and max(saved) <= max(hidden.numel(), weight.numel())
+    assert saved
+    assert max(saved) <= max(hidden.numel(), weight.numel())
 
 
 def test_extreme_logits_stay_finite():

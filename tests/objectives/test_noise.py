@@ -1,4 +1,6 @@
-"""Record noise: the generator against published vectors, the draws' distribution and their independence of everything else."""
+"""Record noise: the generator against published vectors, the draws' distribution and their independence of everything
+else.
+"""
 
 import numpy as np
 import pytest
@@ -29,7 +31,8 @@ def test_philox_known_answers(counter, key, expected):
 def test_a_record_draws_the_same_in_any_company_and_order():
     ids = torch.tensor([7, 0, 123_456_789_012, 42, 7])
     together = record_noise(11, ids, 4, epoch=2)
-    assert together.shape == (5, 4, 2) and together.dtype == torch.float32
+    assert together.shape == (5, 4, 2)
+    assert together.dtype == torch.float32
     for row, record in enumerate(ids):
         assert torch.equal(record_noise(11, record[None], 4, epoch=2)[0], together[row])
     assert torch.equal(together[0], together[4])
@@ -43,7 +46,9 @@ def test_epochs_may_differ_between_the_groups_of_a_batch():
     assert torch.equal(mixed[1], record_noise(1, ids, 3, epoch=5)[1])
 
 
-@pytest.mark.parametrize("change", [{"seed": 12}, {"epoch": 3}, {"seed": 11 + 2**32}, {"record_ids": torch.tensor([8])}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 12}, {"epoch": 3}, {"seed": 11 + 2**32}, {"record_ids": torch.tensor([8])}]
+)
 def test_every_argument_matters(change):
     base = {"seed": 11, "record_ids": torch.tensor([7]), "num_dimensions": 4, "epoch": 2}
     assert not torch.isclose(record_noise(**base), record_noise(**{**base, **change})).any()

@@ -14,7 +14,9 @@ from torch import Tensor
 
 @dataclass
 class TrainedRun:
-    """What a run left, assembled from all ranks; on rank 0, empty elsewhere. Names and shapes are those of a checkpoint."""
+    """What a run left, assembled from all ranks; on rank 0, empty elsewhere. Names and shapes are those of a
+    checkpoint.
+    """
 
     gradients: dict[str, Tensor]  # of the first step, after all reductions
     weights: dict[str, Tensor]  # after the last step
@@ -51,7 +53,8 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
             try:
                 run(args, config)
             except SystemExit as stop:  # Megatron's way to stop early, as asked by --exit-interval
-                assert not stop.code
+                if stop.code:
+                    raise
             weights = assemble(captured["model"], lambda parameter: parameter.data) if want_tensors else {}
         finally:
             training.setup_model_and_optimizer, training.save_grads = original_setup, original_save
@@ -80,8 +83,8 @@ def _clean_megatron() -> Iterator[None]:
 
 def assemble(model_chunks: list[torch.nn.Module], value: Callable[[torch.nn.Parameter], Tensor]) -> dict[str, Tensor]:
     """Whole tensors from all ranks, on rank 0: ``value`` of each parameter put together as a checkpoint would be."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.core.utils import unwrap_model
 
     pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]] = []
@@ -94,7 +97,14 @@ def assemble(model_chunks: list[torch.nn.Module], value: Callable[[torch.nn.Para
             apply_factories(state)
             for shard in nested_values(state):
                 if isinstance(shard, ShardedTensor) and shard.data is not None:
-                    pieces.append((shard.key, shard.global_shape, shard.global_offset, shard.data.detach().clone().reshape(shard.local_shape)))
+                    pieces.append(
+                        (
+                            shard.key,
+                            shard.global_shape,
+                            shard.global_offset,
+                            shard.data.detach().clone().reshape(shard.local_shape),
+                        )
+                    )
         finally:
             for parameter, data in backup.items():
                 parameter.data = data
@@ -106,7 +116,9 @@ def assemble(model_chunks: list[torch.nn.Module], value: Callable[[torch.nn.Para
     for key, shape, offset, data in (piece for rank in gathered for piece in rank):
         target = whole.setdefault(key, torch.full(shape, float("nan")))
         # Leading axes that the local tensor lacks (the layer) are of size one.
-        window = tuple(slice(o, o + s) for o, s in zip(offset, (1,) * (len(shape) - data.dim()) + tuple(data.shape), strict=True))
+        window = tuple(
+            slice(o, o + s) for o, s in zip(offset, (1,) * (len(shape) - data.dim()) + tuple(data.shape), strict=True)
+        )
         target[window] = data.reshape(target[window].shape).float()
     return whole
 

@@ -1,4 +1,6 @@
-"""Jobs for :class:`tests.support.ranks.RankPool` that compute with the model or its head directly, without a training run."""
+"""Jobs for :class:`tests.support.ranks.RankPool` that compute with the model or its head directly, without a training
+run.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,9 +26,16 @@ def process_group() -> Iterator[dist.ProcessGroup]:
 
 
 def packed_logps(
-    mcore: Path, batches: list[list[TokenizedGroup]], *, tp: int = 1, sequence_parallel: bool = False, dtype: torch.dtype = torch.float32
+    mcore: Path,
+    batches: list[list[TokenizedGroup]],
+    *,
+    tp: int = 1,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """``forward_logps`` of each micro-batch under the weights of a converted checkpoint; one ``[N]`` tensor per micro-batch."""
+    """``forward_logps`` of each micro-batch under the weights of a converted checkpoint; one ``[N]`` tensor per
+    micro-batch.
+    """
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -41,8 +50,11 @@ def packed_logps(
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         try:
-            sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "kv_channels",
-                     "normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "attention_dropout", "hidden_dropout")  # fmt: skip
+            sizes = (
+                "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
+                "kv_channels", "normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "attention_dropout",
+                "hidden_dropout",
+            )  # fmt: skip
             config = TransformerConfig(
                 **{name: shape[name] for name in sizes},
                 tensor_model_parallel_size=tp,
@@ -61,10 +73,17 @@ def packed_logps(
             padded = -(-shape["vocab_size"] // multiple) * multiple
             model = build_model(
                 config,
-                ModelShape(padded, shape["max_position_embeddings"], shape["rotary_base"], not shape["untie_embeddings_and_output_weights"]),
+                ModelShape(
+                    padded,
+                    shape["max_position_embeddings"],
+                    shape["rotary_base"],
+                    not shape["untie_embeddings_and_output_weights"],
+                ),
             )
             state = model.sharded_state_dict()
-            loaded = dist_checkpointing.load({k: v for k, v in state.items() if "_extra_state" not in k}, str(mcore / "release"))
+            loaded = dist_checkpointing.load(
+                {k: v for k, v in state.items() if "_extra_state" not in k}, str(mcore / "release")
+            )
             model.load_state_dict(loaded, strict=False)
             results = []
             for groups in batches:
@@ -78,9 +97,18 @@ def packed_logps(
 
 
 def head_and_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, lengths: Tensor, noise: Tensor, incoming: Tensor, vocab_size: int, chunk_rows: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lengths: Tensor,
+    noise: Tensor,
+    incoming: Tensor,
+    vocab_size: int,
+    chunk_rows: int,
 ) -> dict[str, Any]:
-    """``response_logps`` and the group loss on this rank's slice of ``weight``, with the gradients of Σ incoming · logps and Σ loss."""
+    """``response_logps`` and the group loss on this rank's slice of ``weight``, with the gradients of Σ incoming ·
+    logps and Σ loss.
+    """
     from megatron_amopo.model import response_logps
     from megatron_amopo.objectives import amopo_loss
     from megatron_amopo.objectives.statistics import response_statistics

@@ -1,7 +1,8 @@
 """Gloo ranks for tests: spawned once, used for many layouts.
 
-Importing Megatron takes seconds per process, so the ranks live as long as the pool. A job is a function of this repository that runs
-on the first n ranks, each with its environment set as torchrun would; what it returns on each rank comes back.
+Importing Megatron takes seconds per process, so the ranks live as long as the pool. A job is a function of this
+repository that runs on the first n ranks, each with its environment set as torchrun would; what it returns on each rank
+comes back.
 """
 
 import os
@@ -40,7 +41,8 @@ class RankPool:
         """Run ``job(*args, **kwargs)`` on the first ``num_ranks`` ranks; the results by rank.
 
         Raises:
-            RuntimeError: with the traceback of the first rank that failed; all ranks are then started anew for the next job.
+            RuntimeError: with the traceback of the first rank that failed; all ranks are then started anew for the next
+                job.
         """
         if not self._processes[0].is_alive():
             self._start()
@@ -57,7 +59,9 @@ class RankPool:
             ready = wait(missing, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                raise RuntimeError(f"{job.__name__} did not finish on {len(missing)} of {num_ranks} ranks in {JOB_TIMEOUT_S} s")
+                raise RuntimeError(
+                    f"{job.__name__} did not finish on {len(missing)} of {num_ranks} ranks in {JOB_TIMEOUT_S} s"
+                )
             for connection in ready:
                 rank = chosen.index(connection)  # type: ignore[arg-type]
                 ok, results[rank] = chosen[rank].recv()

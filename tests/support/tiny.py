@@ -52,7 +52,13 @@ def make_hf_model(folder: Path, *, tied: bool = True, seed: int = 0, **changes):
 
 
 def random_groups(
-    count: int, *, dimensions: int = 3, seed: int = 0, vocab_size: int = VOCAB_SIZE, longest: int = 24, shortest: int = 1
+    count: int,
+    *,
+    dimensions: int = 3,
+    seed: int = 0,
+    vocab_size: int = VOCAB_SIZE,
+    longest: int = 24,
+    shortest: int = 1,
 ) -> list[TokenizedGroup]:
     """Groups of random tokens with random lengths, one-token prompts and responses among them."""
     rng = np.random.default_rng(seed)
@@ -75,7 +81,9 @@ def random_groups(
     return groups
 
 
-def make_data(folder: Path, *, train: int = 24, validation: int = 10, dimensions: int = 3, seed: int = 0, **options) -> Manifest:
+def make_data(
+    folder: Path, *, train: int = 24, validation: int = 10, dimensions: int = 3, seed: int = 0, **options
+) -> Manifest:
     """Write a prepared folder of random groups."""
     groups = random_groups(train + validation, dimensions=dimensions, seed=seed, **options)
     fingerprint = TokenizerFingerprint("0" * 64, "0" * 64, options.get("vocab_size", VOCAB_SIZE), 2, 0, "tiny")
