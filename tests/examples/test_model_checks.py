@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import compare_logps, make_tiny_model, score_samples
 from examples.data import generate_preferences, train_tokenizer
@@ -54,6 +54,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     _write_logps(folder)
     return folder
+
+
+def test_model_and_tokenizer_folder_encode_alike(demo: Path) -> None:
+    """transformers 5 rebuilds the tokenizer of a folder with a Qwen2 config from parts of its own."""
+    folders = [AutoTokenizer.from_pretrained(str(demo / name)) for name in ("tokenizer", "model")]
+    records = [json.loads(line) for line in (demo / "data/train.jsonl").read_text().splitlines()]
+    texts = [text for record in records for text in (record["prompt"], record["chosen"]["content"])]
+    for text in (*texts, "use 18 words,  don't\n\n x/y 12345 ünïcödé u\u0308 <|im_end|>"):
+        assert folders[0].encode(text) == folders[1].encode(text)
 
 
 def _write_logps(folder: Path) -> None:
