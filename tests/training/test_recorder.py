@@ -1,0 +1,102 @@
+"""The recorder: means over an interval, rates without the time of evaluations, files, writers, and a resumed run's lines."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_amopo.training import recorder as recorder_module
+from megatron_amopo.training.recorder import Recorder
+
+DIMENSIONS = ("general", "correctness")
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = {}
+
+    def add_scalar(self, tag, scalar_value, global_step):
+        self.scalars[tag, global_step] = scalar_value
+
+    def log(self, data, step):
+        self.scalars.update({(tag, step): value for tag, value in data.items()})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(recorder_module, "time", clock)
+    return clock
+
+
+def metrics(loss, tokens=50.0):
+    kinds = ("loss", "margin", "accuracy", "weight", "prob_mean", "prob_std", "logps_chosen", "logps_rejected")
+    values = {f"{kind}/{name}": torch.tensor(-0.25) for kind in kinds for name in DIMENSIONS}
+    return {"loss": torch.tensor(loss), "tokens_per_record": torch.tensor(tokens), **values}
+
+
+def make(folder, clock, **options):
+    recorder = Recorder(DIMENSIONS, records_per_step=8, total_steps=6, log_interval=2, folder=folder, **options)
+    recorder._interval_start = clock.now
+    return recorder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_means_and_rates_over_the_interval(tmp_path, clock, capsys):
+    recorder = make(tmp_path, clock)
+    clock.now += 3
+    recorder.step(1, metrics(2.0), learning_rate=1e-3, grad_norm=0.5)
+    recorder.validation(1, metrics(9.0), seconds=4.0)
+    clock.now += 4 + 5  # the evaluation's four seconds don't count
+    recorder.step(2, metrics(1.0, tokens=150.0), learning_rate=2e-3, grad_norm=0.25)
+    validation, train = lines(tmp_path)
+    assert (validation["split"], validation["iteration"], validation["metrics"]["loss"]) == ("validation", 1, 9.0)
+    assert train["iteration"] == 2
+    assert train["metrics"]["loss"] == 1.5
+    assert train["metrics"]["records_per_s"] == pytest.approx(2 * 8 / 8)
+    assert train["metrics"]["tokens_per_s"] == pytest.approx(2 * 100)
+    assert train["metrics"]["learning_rate"] == 2e-3
+    printed = capsys.readouterr().out
+    assert "step 2/6 | loss 1.5000 nats | 2.0 records/s, 200 tokens/s | 0:00:16 left" in printed
+    assert "general -0.250 correctness -0.250" in printed
+
+
+def test_writers_get_negative_values_too(tmp_path, clock):
+    board, wandb = Writer(), Writer()
+    recorder = make(None, clock, tensorboard=board, wandb=wandb)
+    clock.now += 1
+    recorder.validation(3, metrics(1.0), seconds=1.0)
+    for writer in (board, wandb):
+        assert writer.scalars["amopo-validation/margin/general", 3] == -0.25
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_step_is_always_written(tmp_path, clock):
+    recorder = Recorder(DIMENSIONS, records_per_step=8, total_steps=3, log_interval=2, folder=tmp_path)
+    recorder._interval_start = clock.now
+    for step in (1, 2, 3):
+        clock.now += 1
+        recorder.step(step, metrics(float(step)), learning_rate=None, grad_norm=None)
+    assert [(line["iteration"], line["metrics"]["loss"]) for line in lines(tmp_path)] == [(2, 1.5), (3, 3.0)]
+
+
+def test_a_resumed_run_drops_what_lies_ahead_of_it(tmp_path, clock):
+    recorder = make(tmp_path, clock)
+    for step in (1, 2, 3, 4):
+        clock.now += 1
+        recorder.step(step, metrics(1.0), learning_rate=None, grad_norm=None)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "split": "tra')  # killed while writing
+    make(tmp_path, clock).start(3)
+    assert [line["iteration"] for line in lines(tmp_path)] == [2]
