@@ -41,11 +41,13 @@ setup(
         "transformers>=4.57,<6",
         "tokenizers>=0.22,<2",  # trains the demo's tokenizer; transformers narrows the range further
         "safetensors>=0.6,<1",  # Hugging Face weights, read and written tensor by tensor
+        "huggingface-hub>=0.34,<3",  # which file of a sharded model holds which weights
         "sentencepiece>=0.2,<1",  # tokenizers that come as a SentencePiece model only
         "datasets>=4.0,<6",  # prepared data: memory-mapped Arrow shards
         "pyarrow>=18",  # the shards' columns as arrays; no upper bound: a major a quarter, while this part is stable
         "numpy>=1.26,<3",  # token arrays; NVIDIA's images pin 1.26 or a 2.x
         "pyyaml>=6.0,<7",  # dimension prompts are YAML; Megatron reads its YAML arguments with it, without declaring it
+        "jinja2>=3.1,<4",  # chat templates
         "tqdm>=4.66,<5",  # progress bars
         "rich>=13.9,<17",  # tables and reports on the terminal
         "tensorboard>=2.18,<3",  # `--tensorboard-dir` of Megatron, which does not declare it
