@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import pytest
 
 from tests.support.machines import python_with_torch
+from tests.support.requirements import requirements
 from tools.setup_environment import common, pythons, system_torch
 
 
@@ -81,6 +81,6 @@ def test_beside_an_images_torch_the_same_torch_is_imported_and_pinned(
 
 
 def test_the_lowest_torch_is_the_one_setup_py_states() -> None:
-    (stated,) = [line for line in importlib.metadata.requires("megatron-amopo") or [] if line.startswith("torch")]
+    (stated,) = [line for line in requirements() if line.startswith("torch")]
     major, minor = system_torch.lowest_torch()
     assert f">={major}.{minor}." in stated
