@@ -42,9 +42,7 @@ setup(
         "tokenizers>=0.22,<2",  # trains the demo's tokenizer; transformers narrows the range further
         "safetensors>=0.6,<1",  # Hugging Face weights, read and written tensor by tensor
         "huggingface-hub>=0.34,<3",  # which file of a sharded model holds which weights
-        "sentencepiece>=0.2,<1",  # tokenizers that come as a SentencePiece model only
-        "datasets>=4.0,<6",  # prepared data: memory-mapped Arrow shards
-        "pyarrow>=18",  # the shards' columns as arrays; no upper bound: a major a quarter, while this part is stable
+        "pyarrow>=18",  # prepared data: memory-mapped shards; no upper bound: a major a quarter, this part stable
         "numpy>=1.26,<3",  # token arrays; NVIDIA's images pin 1.26 or a 2.x
         "pyyaml>=6.0,<7",  # dimension prompts are YAML; Megatron reads its YAML arguments with it, without declaring it
         "jinja2>=3.1,<4",  # chat templates
@@ -63,6 +61,7 @@ setup(
             "ruff>=0.9,<1",
             "mypy>=1.14,<3",
             "pre-commit>=4,<5",
+            "datasets>=4.0,<6",  # opens the prepared shards, which a test shows
             "types-PyYAML>=6.0",
             "types-tqdm>=4.66",
         ],

@@ -196,7 +196,7 @@ def set_up(env: Mapping[str, str], root: Path = ROOT) -> None:
             if not venv.exists():
                 building.unlink()  # a `.venv` that appears later is not ours
         _, packages = packages_of(venv / "bin/python")
-        names = ("torch", "megatron-core", "transformers", "datasets", "transformer-engine")
+        names = ("torch", "megatron-core", "transformers", "transformer-engine")
         versions = ", ".join(f"{name} {packages[name]}" for name in names if name in packages)
         write_stamp(root, venv, asked)
         building.unlink()

@@ -19,8 +19,8 @@ from .common import SetupError, answer, dotted
 MINIMUM = (3, 12)
 WITH_WHEELS = ((3, 12), (3, 13))  # what megatron-core 0.19 has wheels for; another Python is used only when asked for
 
-# Run in the Python under examination. The modules are those that torch and datasets import and a home-built Python may
-# lack, and what makes a virtual environment.
+# Run in the Python under examination. The modules are those that torch, pandas and the like import and a home-built
+# Python may lack, and what makes a virtual environment.
 _PROBE = """
 import importlib.util, json, sys
 lacking = []
