@@ -39,7 +39,8 @@ CHAT_TEMPLATE = (
 # How Qwen2 cuts text before BPE. Beside a Qwen2 config.json transformers 5 takes this and NFC, whatever tokenizer.json says:
 # only a tokenizer that has both is the same tokenizer everywhere.
 QWEN2_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MAX_LENGTH = 512
 PROMPTS = Path(__file__).with_name("prompts.yaml")
