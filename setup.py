@@ -37,7 +37,7 @@ setup(
         "torch>=2.11.0a0,<3",
         # parallel layers, optimizer, checkpoints, training loop; the signature of `pretrain` moves between minors
         "megatron-core>=0.19.2,<0.20",
-        # Hugging Face configs, tokenizers and reference models; both majors are in use, and tested
+        # Hugging Face configs, tokenizers and reference models; both majors are in use
         "transformers>=4.57,<6",
         "tokenizers>=0.22,<2",  # trains the demo's tokenizer; transformers narrows the range further
         "safetensors>=0.6,<1",  # Hugging Face weights, read and written tensor by tensor
