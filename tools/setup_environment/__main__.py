@@ -150,7 +150,7 @@ def install_fresh(env: Mapping[str, str], venv: Path, tools: Path, extras: str) 
     if uv is not None:
         install_env, handed_on = uv_environment(env)
         say(f"installer: {answer([uv, '--version'])}" + (f", with pip's {', '.join(handed_on)}" if handed_on else ""))
-        run([uv, "venv", "--quiet", "--seed", "--python", python.path, str(venv)], install_env, no_venv)
+        run([uv, "venv", "--quiet", "--python", python.path, str(venv)], install_env, no_venv)
         install = [uv, "pip", "install", "--python", inside]
     else:
         install_env = {**env, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -166,7 +166,8 @@ def install_fresh(env: Mapping[str, str], venv: Path, tools: Path, extras: str) 
     else:
         say("torch for Linux comes with its CUDA libraries, some 5 GB; AMOPO_TORCH_INDEX picks another build")
     say(f"installing the project with [{extras}]")
-    run([*install, "--editable", f".[{extras}]"], install_env, failed)
+    # pip, too: uv makes environments without it, and people type `pip install`
+    run([*install, "pip", "--editable", f".[{extras}]"], install_env, failed)
 
 
 def set_up(env: Mapping[str, str], root: Path = ROOT) -> None:
