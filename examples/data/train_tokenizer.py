@@ -36,8 +36,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# How Qwen2 cuts text before BPE. Beside a Qwen2 config.json transformers 5 takes this and NFC, whatever tokenizer.json says:
-# only a tokenizer that has both is the same tokenizer everywhere.
+# How Qwen2 cuts text before BPE. Beside a Qwen2 config.json transformers 5 takes this and NFC, whatever tokenizer.json
+# says: only a tokenizer that has both is the same tokenizer everywhere.
 QWEN2_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
