@@ -53,7 +53,7 @@ class Recorder:
         """Begin at ``iteration``: lines of later iterations, left by a run that was stopped and is now resumed, are
         dropped.
         """
-        self._interval_start = time.monotonic()
+        self._interval_start, self._paused = time.monotonic(), 0.0
         if self.folder is None or not (self.folder / METRICS_FILE).exists():
             return
         path = self.folder / METRICS_FILE

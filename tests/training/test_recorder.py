@@ -72,6 +72,17 @@ def test_means_and_rates_over_the_interval(tmp_path, clock, capsys):
     assert "general -0.250 correctness -0.250" in printed
 
 
+def test_an_evaluation_before_the_start_does_not_count(tmp_path, clock):
+    recorder = make(tmp_path, clock)
+    recorder.validation(0, metrics(3.0), seconds=50.0)
+    clock.now += 50
+    recorder.start(0)
+    for step in (1, 2):
+        clock.now += 2
+        recorder.step(step, metrics(1.0), learning_rate=None, grad_norm=None)
+    assert lines(tmp_path)[-1]["metrics"]["records_per_s"] == pytest.approx(4.0)
+
+
 def test_writers_get_negative_values_too(tmp_path, clock):
     board, wandb = Writer(), Writer()
     recorder = make(None, clock, tensorboard=board, wandb=wandb)
