@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from megatron_amopo.checkpoint.convert import DTYPES, Comparison, Conversion, hf_to_megatron, megatron_to_hf, verify
 from megatron_amopo.errors import AmopoError
 
+_NAMES_SHOWN = 20
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -87,12 +89,13 @@ def _compare(comparisons: Sequence[Comparison]) -> int:
         print(
             f"{row.megatron:{width}}  {row.tensors:10}  {len(row.differing):6}  {row.largest_difference:9.2g}  {kind}"
         )
-    for row in comparisons:
-        for name in row.differing:
-            print(f"differs: {name}")
-    differing = sum(len(row.differing) for row in comparisons)
+    differing = [name for row in comparisons for name in row.differing]
+    for name in differing[:_NAMES_SHOWN]:
+        print(f"differs: {name}")
+    if len(differing) > _NAMES_SHOWN:
+        print(f"differs: {len(differing) - _NAMES_SHOWN} more")
     total = sum(row.tensors for row in comparisons)
-    print(f"{total - differing} of {total} tensors equal bit by bit")
+    print(f"{total - len(differing)} of {total} tensors equal bit by bit")
     return 1 if differing else 0
 
 

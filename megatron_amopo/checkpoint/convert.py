@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,7 @@ def _new_folder(target: Path, force: bool, size: int, *, sources: Sequence[Path]
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _conversion(target: Path, table: Sequence[Parameter], dtypes: Any, notes: Sequence[str]) -> Conversion:
+def _conversion(target: Path, table: Sequence[Parameter], dtypes: Iterable[torch.dtype], notes: Sequence[str]) -> Conversion:
     shapes = hf_shapes(table)
     return Conversion(
         output=target,

@@ -78,7 +78,7 @@ def write_checkpoint(
     """
     release = folder / _RELEASE
     release.mkdir()
-    # Without a distributed optimizer, generator states or a parallel layout there is nothing else to be resumed.
+    # Weights alone: the loader must look for nothing of an optimizer or of random generators.
     common = {
         "args": argparse.Namespace(
             **arguments,
