@@ -325,7 +325,9 @@ def _new_folder(target: Path, force: bool, size: int, *, sources: Sequence[Path]
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _conversion(target: Path, table: Sequence[Parameter], dtypes: Iterable[torch.dtype], notes: Sequence[str]) -> Conversion:
+def _conversion(
+    target: Path, table: Sequence[Parameter], dtypes: Iterable[torch.dtype], notes: Sequence[str]
+) -> Conversion:
     shapes = hf_shapes(table)
     return Conversion(
         output=target,
