@@ -42,9 +42,18 @@ def test_pips_mirror_is_handed_on_to_uv(env: dict[str, str]) -> None:
     assert merged["UV_INDEX"] == "https://a.example https://b.example"
     assert merged["UV_INDEX_STRATEGY"] == "unsafe-best-match"
     assert merged["UV_INSECURE_HOST"] == "mirror.example"
-    assert "UV_NO_INDEX" not in merged
     assert set(handed_on) == {"index-url", "cert", "find-links", "extra-index-url", "trusted-host"}
     assert "secret" not in " ".join(handed_on)
+
+
+@pytest.mark.usefixtures("_no_machine_wide_pip_conf")
+def test_a_folder_of_wheels_is_all_there_is_without_an_index(env: dict[str, str]) -> None:
+    write_pip_conf(env, "[global]\nindex-url = https://mirror.example/simple\nextra-index-url = https://a.example\n")
+    merged, handed_on = uv.uv_environment({**env, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"})
+    assert merged["UV_FIND_LINKS"] == "/wheels"
+    assert merged["UV_DEFAULT_INDEX"].startswith("file:///nonexistent")
+    assert "UV_INDEX" not in merged
+    assert sorted(handed_on) == ["find-links", "no-index"]
 
 
 @pytest.mark.usefixtures("_no_machine_wide_pip_conf")

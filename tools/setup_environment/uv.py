@@ -32,7 +32,6 @@ _PIP_TO_UV = {
     "find-links": ("UV_FIND_LINKS", ","),
     "trusted-host": ("UV_INSECURE_HOST", " "),
     "constraint": ("UV_CONSTRAINT", " "),
-    "no-index": ("UV_NO_INDEX", None),
     "timeout": ("UV_HTTP_TIMEOUT", None),
     "cert": ("SSL_CERT_FILE", None),
     "client-cert": ("SSL_CLIENT_CERT", None),
@@ -74,14 +73,17 @@ def uv_environment(env: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     own = [user / "uv/uv.toml", Path("/etc/uv/uv.toml")]
     if env.get("UV_CONFIG_FILE") or any(env.get(name) for name in _UV_SOURCES) or any(file.is_file() for file in own):
         return merged, []
+    settings = pip_settings(env)
+    no_index = settings.get("no-index", "no").lower() not in ("0", "false", "no", "off")
+    if no_index:
+        # uv's UV_NO_INDEX does not reach builds (0.13): an index without packages does
+        settings = {**settings, "index-url": "file:///nonexistent", "extra-index-url": ""}
     handed_on = []
-    for option, value in pip_settings(env).items():
-        if option not in _PIP_TO_UV or (option == "no-index" and value.lower() in ("0", "false", "no", "off")):
-            continue
-        variable, separator = _PIP_TO_UV[option]
-        if not merged.get(variable):
+    for option, value in settings.items():
+        variable, separator = _PIP_TO_UV.get(option, ("", None))
+        if variable and value and not merged.get(variable):
             merged[variable] = value if separator is None else separator.join(value.split())
-            handed_on.append(option)
+            handed_on.append("no-index" if no_index and option == "index-url" else option)
     if "extra-index-url" in handed_on:
         # pip takes the best version that any index has; uv would stop at the first index that knows the package
         merged.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
