@@ -46,6 +46,7 @@ setup(
         "numpy>=1.26,<3",  # token arrays; NVIDIA's images pin 1.26 or a 2.x
         "pyyaml>=6.0,<7",  # dimension prompts are YAML; Megatron reads its YAML arguments with it, without declaring it
         "jinja2>=3.1,<4",  # chat templates
+        "psutil>=5.9,<9",  # Megatron's checkpoint writer, which does not declare it
         "tqdm>=4.66,<5",  # progress bars
         "rich>=13.9,<17",  # tables and reports on the terminal
         "tensorboard>=2.18,<3",  # `--tensorboard-dir` of Megatron, which does not declare it
