@@ -8,11 +8,12 @@
 #
 # Variables, with their defaults:
 #   DIMENSIONS=helpfulness,correctness,instruction_following   SOURCE_SCALE=  (e.g. 0-4; default: the prompts' 1-5)
-#   CUTOFF=1024   STEPS=24   GLOBAL_BATCH=2   LR=1e-3   VOCAB_SIZE=  (rows of the random model's embedding)   MODEL=
+#   CUTOFF=1024   STEPS=24   GLOBAL_BATCH=2   LR=3e-3   VOCAB_SIZE=  (rows of the random model's embedding)   MODEL=
+#   FTX_GAMMA=1   (weight of the SFT term: a random model must learn to write before it can prefer; 0 is published)
 set -euo pipefail
 
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
-  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 data=$1 tokenizer=$2 output=${3:-runs/try-your-data}
@@ -45,8 +46,8 @@ torchrun --standalone --nproc-per-node 2 -m megatron_amopo.train \
   --save "$output/megatron-aligned" --load "$output/megatron-aligned" \
   --tensor-model-parallel-size 2 \
   --micro-batch-size 1 --global-batch-size "${GLOBAL_BATCH:-2}" --train-iters "${STEPS:-24}" \
-  --optimizer adam --lr "${LR:-1e-3}" --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1 --clip-grad 3.0 \
-  --weight-decay 0 --amopo-eval-at-start --log-interval 1
+  --optimizer adam --lr "${LR:-3e-3}" --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1 --clip-grad 3.0 \
+  --weight-decay 0 --amopo-ftx-gamma "${FTX_GAMMA:-1}" --amopo-eval-at-start --log-interval 1
 
 python "$root/tools/convert_checkpoint.py" megatron-to-hf "$output/megatron-aligned" "$output/hf-aligned"
 python "$root/tools/convert_checkpoint.py" verify "$output/hf-aligned" "$output/megatron-aligned"

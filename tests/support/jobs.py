@@ -155,3 +155,30 @@ def run_record_of(flags: list[str]) -> dict[str, Any]:
 
     sys.argv = ["train", *flags]
     return run_record(parse_arguments()[1])
+
+
+def device_facts() -> dict[str, Any]:
+    """What torch answers where Megatron runs without CUDA."""
+    from megatron_amopo import device
+
+    tensors = [
+        torch.zeros(2, device="cuda"),
+        torch.tensor([1.0], device=torch.device("cuda", 3)),
+        torch.ones(2).cuda(),
+        torch.ones(2).to("cuda:0"),
+        torch.empty(1, device=torch.cuda.current_device()),
+    ]
+    before = torch.cuda.is_available()
+    with device.pretended_cuda():
+        during = torch.cuda.is_available()
+    state = torch.cuda.get_rng_state()
+    drawn = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    return {
+        "factories": [str(tensor.device) for tensor in tensors],
+        "claims": [before, during, torch.cuda.is_available()],
+        "accelerator": torch.accelerator.is_available(),
+        "state restored": torch.equal(drawn, torch.rand(3)),
+        "type": torch.zeros(1).type(),
+        "classes": isinstance(torch.cuda.Stream, type) and isinstance(torch.cuda.Event, type),
+    }

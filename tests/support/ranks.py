@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-JOB_TIMEOUT_S = 120
+JOB_TIMEOUT_S = 300
 
 
 class RankPool:
