@@ -1,4 +1,6 @@
-"""The recorder: means over an interval, rates without the time of evaluations, files, writers, and a resumed run's lines."""
+"""The recorder: means over an interval, rates without the time of evaluations, files, writers, and a resumed run's
+lines.
+"""
 
 import json
 
