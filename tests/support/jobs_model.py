@@ -50,10 +50,20 @@ def packed_logps(
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         try:
-            sizes = """
-                num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels normalization
-                layernorm_epsilon add_bias_linear add_qkv_bias attention_dropout hidden_dropout
-            """.split()
+            sizes = [
+                "num_layers",
+                "hidden_size",
+                "num_attention_heads",
+                "num_query_groups",
+                "ffn_hidden_size",
+                "kv_channels",
+                "normalization",
+                "layernorm_epsilon",
+                "add_bias_linear",
+                "add_qkv_bias",
+                "attention_dropout",
+                "hidden_dropout",
+            ]
             config = TransformerConfig(
                 **{name: shape[name] for name in sizes},
                 tensor_model_parallel_size=tp,
