@@ -119,6 +119,14 @@ def test_somebody_elses_venv_is_not_removed(
     assert (checkout / ".venv/notes").read_text() == "mine"
 
 
+def test_transformer_engine_is_built_against_the_torch_that_loads_it() -> None:
+    assert common.install_stages("dev,plots") == [["--editable", ".[dev,plots]"]]
+    first, second = common.install_stages("dev,gpu")
+    assert first[-1] == ".[dev]"
+    assert second == ["--no-build-isolation", "--editable", ".[dev,gpu]"]
+    assert common.install_stages("gpu")[0][-1] == "."
+
+
 def test_make_passes_over_pythons_that_fail(tmp_path: Path) -> None:
     """`make setup` runs the script with the first Python that really runs."""
     root = tmp_path / "my checkout"

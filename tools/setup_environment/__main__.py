@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .common import NETWORK_HINT, ROOT, SetupError, answer, dotted, run, say
+from .common import NETWORK_HINT, ROOT, SetupError, answer, dotted, install_stages, run, say
 from .pythons import MINIMUM, Python, asked_python, candidates, find_python, packages_of, probe
 from .system_torch import find_system_torch, install_beside
 from .uv import fetch_uv, find_uv, uv_environment
@@ -167,7 +167,8 @@ def install_fresh(env: Mapping[str, str], venv: Path, tools: Path, extras: str) 
         say("torch for Linux comes with its CUDA libraries, some 5 GB; AMOPO_TORCH_INDEX picks another build")
     say(f"installing the project with [{extras}]")
     # pip, too: uv makes environments without it, and people type `pip install`
-    run([*install, "pip", "--editable", f".[{extras}]"], install_env, failed)
+    for stage in install_stages(extras):
+        run([*install, "pip", *stage], install_env, failed)
 
 
 def set_up(env: Mapping[str, str], root: Path = ROOT) -> None:

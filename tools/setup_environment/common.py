@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NETWORK_HINT = (
     "  No network, or only a mirror? Tell pip or uv where packages are (PIP_INDEX_URL, UV_DEFAULT_INDEX, pip.conf,\n"
-    "  uv.toml; for a proxy HTTPS_PROXY), or carry over a folder of wheels: README.md, section Install, says how.\n"
+    "  uv.toml; for a proxy HTTPS_PROXY), or carry over a folder of wheels: docs/install.md says how.\n"
     "  Then run the same command again."
 )
 
@@ -37,6 +37,26 @@ def run(command: Sequence[str], env: Mapping[str, str], failure: str) -> None:
         raise SetupError(f"{failure}\n  {error}") from error
     if code != 0:
         raise SetupError(failure)
+
+
+def install_stages(extras: str) -> list[list[str]]:
+    """Arguments of the installer's calls, in order.
+
+    Transformer Engine's torch part is compiled. Were it built in isolation, as is usual, it would be built against a torch
+    fetched for that, and not against the one that loads it: torch and the build tools come first, then it without
+    isolation.
+    """
+    names = extras.split(",")
+    if "gpu" not in names:
+        return [["--editable", f".[{extras}]"]]
+    rest = ",".join(name for name in names if name != "gpu")
+    return [
+        [*_BUILD_TOOLS, "--editable", f".[{rest}]" if rest else "."],
+        ["--no-build-isolation", "--editable", f".[{extras}]"],
+    ]
+
+
+_BUILD_TOOLS = ("setuptools>=77", "wheel", "packaging", "pybind11", "ninja")
 
 
 def answer(command: Sequence[str], timeout: float = 60) -> str | None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .common import NETWORK_HINT, ROOT, SetupError, answer, dotted, run, say
+from .common import NETWORK_HINT, ROOT, SetupError, answer, dotted, install_stages, run, say
 from .pythons import (
     MINIMUM,
     Python,
@@ -90,13 +90,15 @@ def install_beside(python: Python, torch: Torch, venv: Path, extras: str, env: M
     constraints = venv / "constraints.txt"
     constraints.write_text("".join(f"{name}=={packages[name]}\n" for name in pinned), encoding="utf-8")
     say(f"pip installs the project with [{extras}] and what is missing")
-    run(
-        [inside, "-m", "pip", "install", "--quiet", "--constraint", str(constraints), "--editable", f".[{extras}]"],
-        {**env, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-        "pip could not install what is missing; its message is above. Torch and what is tied to it are unchanged.\n"
-        f"  If pip names one of them: they are held at the versions in {constraints};\n"
-        "  use another image, or AMOPO_SYSTEM_TORCH=no to give .venv a torch of its own.\n" + NETWORK_HINT,
-    )
+    pip = [inside, "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
+    for stage in install_stages(extras):
+        run(
+            [*pip, *stage],
+            {**env, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+            "pip could not install what is missing; its message is above. Torch and what is tied to it are unchanged.\n"
+            f"  If pip names one of them: they are held at the versions in {constraints};\n"
+            "  use another image, or AMOPO_SYSTEM_TORCH=no to give .venv a torch of its own.\n" + NETWORK_HINT,
+        )
     check_untouched(torch, pinned, venv)
 
 
