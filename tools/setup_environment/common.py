@@ -42,9 +42,8 @@ def run(command: Sequence[str], env: Mapping[str, str], failure: str) -> None:
 def install_stages(extras: str) -> list[list[str]]:
     """Arguments of the installer's calls, in order.
 
-    Transformer Engine's torch part is compiled. Were it built in isolation, as is usual, it would be built against a torch
-    fetched for that, and not against the one that loads it: torch and the build tools come first, then it without
-    isolation.
+    Transformer Engine's torch part is compiled. In isolation, as usual, it would be against a torch fetched for the
+    purpose, and not against the one that loads it: torch and the build tools come first, then it without isolation.
     """
     names = extras.split(",")
     if "gpu" not in names:
