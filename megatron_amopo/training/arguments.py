@@ -42,6 +42,9 @@ DEFAULTS: dict[str, Any] = {
     "no_load_rng": False,
 }
 
+#: An interval, in steps, that no run reaches.
+NEVER = 10**9
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -204,20 +207,17 @@ def _set_lengths(args: argparse.Namespace, groups: PreparedGroups, data_parallel
 
     num_samples = None
     if args.amopo_epochs is not None:
-        for flag, value in (("--train-iters", args.train_iters), ("--train-samples", args.train_samples)):
-            if value is not None:
-                raise ConfigError(f"--amopo-epochs and {flag} both say how long to train; give one")
-        if args.amopo_epochs < 1:
-            raise ConfigError(f"--amopo-epochs is {args.amopo_epochs}; expected at least 1")
         num_samples = args.amopo_epochs * len(groups)
         args.train_iters = math.ceil(num_samples / args.global_batch_size)
+    elif args.skip_train:
+        args.train_iters = args.train_iters or 1  # Megatron multiplies with it even where nothing is trained
 
     eval_batch = args.eval_global_batch_size or args.global_batch_size
     validation_records = groups.manifest.records.get("validation", 0)
     args.eval_iters = math.ceil(validation_records / eval_batch)
-    never = (args.train_iters or 0) + 1
-    args.eval_interval = args.eval_interval or never
-    args.save_interval = args.save_interval or (never if args.save else None)
+    # Megatron divides by both. Without an interval it still evaluates and saves at the end.
+    args.eval_interval = args.eval_interval or NEVER
+    args.save_interval = args.save_interval or (NEVER if args.save else None)
     return num_samples
 
 

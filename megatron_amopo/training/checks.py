@@ -66,6 +66,16 @@ def check_before(args: argparse.Namespace) -> None:
             raise ConfigError(f"{unsupported.flag} is not supported: {unsupported.why}")
     if args.micro_batch_size is None:
         raise ConfigError("--micro-batch-size is missing: groups (records) per micro-batch, on average")
+    lengths = [f for f in ("amopo_epochs", "train_iters", "train_samples") if getattr(args, f) is not None]
+    if len(lengths) > 1:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in lengths)
+        raise ConfigError(f"{flags} both say how long to train; give one")
+    if not lengths and not args.skip_train:
+        raise ConfigError("nothing says how long to train: give --amopo-epochs or --train-iters (or --skip-train)")
+    if args.lr is None and not args.skip_train:
+        raise ConfigError("--lr is missing: the peak learning rate (published: 3e-7 with SimPO)")
+    if args.amopo_epochs is not None and args.amopo_epochs < 1:
+        raise ConfigError(f"--amopo-epochs is {args.amopo_epochs}; expected at least 1")
     if args.amopo_head_chunk_rows < 1:
         raise ConfigError(f"--amopo-head-chunk-rows is {args.amopo_head_chunk_rows}; expected at least 1")
     if args.amopo_ftx_gamma < 0:

@@ -74,6 +74,9 @@ def test_missing_pieces(ranks, workplace, tmp_path):
         ([*model, *BASE], "--amopo-data is missing"),
         ([*data, *BASE], "nothing to start from"),
         ([*data, *model, *BASE[2:]], "--micro-batch-size is missing"),
+        ([*data, *model, *BASE[:4], "--lr", "1"], "nothing says how long to train"),
+        ([*data, *model, *BASE[:6]], "--lr is missing"),
+        ([*data, *model, *BASE[:4], "--lr", "1", "--amopo-epochs", "0"], "--amopo-epochs is 0"),
         (
             [*data, "--pretrained-checkpoint", str(tmp_path), *BASE],
             f"--pretrained-checkpoint {tmp_path} holds no checkpoint",

@@ -109,7 +109,7 @@ def test_evaluation_alone_and_its_dump(ranks, workplace, tmp_path):
     transformers.
     """
     dump = tmp_path / "logps.jsonl"
-    own = ["--skip-train", "--train-iters", "1", "--tensorboard-dir", str(tmp_path), "--amopo-dump-logps", str(dump)]
+    own = ["--skip-train", "--tensorboard-dir", str(tmp_path), "--amopo-dump-logps", str(dump)]
     ranks.run(train, 2, flags(workplace, *own), want_tensors=False)
     (summary,) = metrics(tmp_path, "validation")
 
