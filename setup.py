@@ -27,7 +27,7 @@ setup(
     description="Adaptive Multi-objective Preference Optimization (AMoPO) of large language models on megatron-core",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",  # as megatron-core 0.19.2
     packages=find_packages(include=["megatron_amopo", "megatron_amopo.*"]),
