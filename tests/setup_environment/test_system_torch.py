@@ -49,7 +49,7 @@ def test_beside_an_images_torch_the_same_torch_is_imported_and_pinned(
     env: dict[str, str], checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but pip's work for real: `.venv` sees the image's packages and the constraints name them."""
-    python_with_torch(tmp_path / "an image", "2.12.0", tied=("triton",))
+    python_with_torch(tmp_path / "an image", "2.12.0", others=("triton", "pip"))
     pip_calls = []
     really = system_torch.run
 

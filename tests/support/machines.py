@@ -28,11 +28,11 @@ def fake_python(path: Path, version: tuple[int, int, int] = (3, 12, 4), lacking:
     return script(path, f"echo '{answer}'")
 
 
-def python_with_torch(folder: Path, version: str, tied: tuple[str, ...] = ()) -> Path:
-    """A virtual environment whose torch is an empty package of that version, as are the packages tied to it."""
+def python_with_torch(folder: Path, version: str, others: tuple[str, ...] = ()) -> Path:
+    """A virtual environment whose torch is an empty package of that version, as are the others."""
     venv.create(folder, with_pip=False, symlinks=True)
     packages = next(folder.glob("lib/python3*/site-packages"))
-    for name in ("torch", *tied):
+    for name in ("torch", *others):
         (packages / name).mkdir()
         (packages / name / "__init__.py").write_text(f"__version__ = {version!r}\n", encoding="utf-8")
         info = packages / f"{name}-{version}.dist-info"

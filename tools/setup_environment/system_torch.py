@@ -78,7 +78,7 @@ def install_beside(python: Python, torch: Torch, venv: Path, extras: str, env: M
     say(f"it is kept as it is, and so are {', '.join(name for name in pinned if name != 'torch') or 'no others'}")
     say(f"{python} -> {venv}, which sees that environment's packages")
     make = [python.path, "-m", "venv", "--system-site-packages"]
-    if "pip" in packages and not python.is_virtual:
+    if "pip" in packages:
         make.append("--without-pip")  # that environment's pip is seen, and an image may lack ensurepip
     run([*make, str(venv)], env, f"{python} could not create {venv}")
     inside = str(venv / "bin/python")
