@@ -20,6 +20,7 @@ data=$1 tokenizer=$2 output=${3:-runs/try-your-data}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export CUDA_VISIBLE_DEVICES="" # two ranks on the CPU, whatever the machine has
 
 if [ -e "$output" ]; then
   echo "error: $output exists; remove it or name another OUTPUT_DIR" >&2

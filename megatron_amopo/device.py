@@ -1,8 +1,8 @@
 """The one place that lets Megatron run without CUDA: on CPU tensors and gloo, for trying and testing.
 
 Megatron names CUDA in many places: factory calls with ``device="cuda"``, ``torch.cuda.current_device()``, streams,
-random states. :func:`prepare` redirects those to the CPU when torch sees no CUDA device, and does nothing when it does.
-It changes process-wide state, so call it once, before Megatron builds anything. The rest of the package asks
+random states. :func:`prepare` redirects those to the CPU when torch sees no CUDA device, and leaves them alone when it
+does. It changes process-wide state, so call it once, before Megatron builds anything. The rest of the package asks
 :func:`current_device` and never ``torch.cuda``.
 """
 
@@ -32,12 +32,30 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "bias_dropout_fusion": False,
 }
 
+#: The same for a run with CUDA but without Transformer Engine.
+WITHOUT_TE_ARGUMENTS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "apply_rope_fusion": False,
+    "no_persist_layer_norm": True,
+}
+
 _prepared = False
 
 
 def has_cuda() -> bool:
     """Whether this process computes on a GPU. Holds for the process' life, whatever Megatron is told meanwhile."""
     return _real_is_available()
+
+
+def default_arguments() -> dict[str, Any]:
+    """Megatron's own flags that this machine needs, by the names of its argument namespace; Megatron's defaults take
+    Transformer Engine and apex for granted."""
+    if not has_cuda():
+        return CPU_ARGUMENTS
+    arguments = {} if importlib.util.find_spec("transformer_engine") else dict(WITHOUT_TE_ARGUMENTS)
+    if not importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):  # apex's
+        arguments["gradient_accumulation_fusion"] = False
+    return arguments
 
 
 def current_device() -> torch.device:

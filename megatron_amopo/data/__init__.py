@@ -4,5 +4,6 @@ raw file -> sources.py -> formats.py -> records.py -> prompts.py -> tokenize.py 
 dataset.py
 
 `prepare.py` runs that chain in parallel and writes a folder (Arrow shards and a manifest); `dataset.py` opens the
-folder again. Nothing here knows Megatron or needs torch, so data can be prepared on a machine that has neither.
+folder again. Nothing of that knows Megatron or needs torch, so data can be prepared on a
+machine that has neither. `segments.py` and `batching.py` pack the groups for training, as torch tensors.
 """

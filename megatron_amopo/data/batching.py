@@ -11,6 +11,7 @@ Shapes: G groups of a micro-batch, D dimensions, 2 sides (chosen, rejected), T p
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,12 @@ def deal(tokens: np.ndarray, num_bins: int) -> list[list[int]]:
     return [sorted(items) for items in bins]
 
 
+@lru_cache(maxsize=4)
+def _shuffled(num_records: int, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's order; kept, because every global batch asks for it."""
+    return np.random.default_rng([seed, epoch]).permutation(num_records)
+
+
 @dataclass(frozen=True)
 class SampleOrder:
     """Which record the n-th sample of a run is: epoch after epoch over all records, reshuffled each time."""
@@ -125,7 +132,7 @@ class SampleOrder:
         indices = offsets.copy()
         if self.shuffle:
             for epoch in np.unique(epochs):
-                order = np.random.default_rng([self.seed, int(epoch)]).permutation(self.num_records)
+                order = _shuffled(self.num_records, self.seed, int(epoch))
                 indices[epochs == epoch] = order[offsets[epochs == epoch]]
         return indices, epochs
 

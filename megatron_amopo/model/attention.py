@@ -106,6 +106,8 @@ def varlen_attention(
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    # The two offsets differ, as objects, too: that is how torch 2.15 knows to align the causal mask at the bottom
+    # right.
     attended = varlen_attn(
         q[: segments.num_queries],
         k[segments.key_index],

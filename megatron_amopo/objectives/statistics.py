@@ -38,6 +38,7 @@ def response_statistics(logps: Tensor, lengths: Tensor) -> ResponseStatistics:
 
 
 def _segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
+    # float64, because the sum runs from left to right: over a thousand tokens float32 would lose the last digits.
     # Reduces each run in order, unlike index_add_, whose order on CUDA changes from run to run. Lengths sum to N by
     # construction.
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True).to(values.dtype)

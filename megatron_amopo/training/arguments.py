@@ -7,6 +7,7 @@ contradict it are refused, as is everything that this project has not been shown
 
 import argparse
 import math
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,15 @@ from megatron_amopo.errors import ConfigError
 from megatron_amopo.model.builder import ModelShape
 from megatron_amopo.model.logprobs import DEFAULT_CHUNK_ROWS
 from megatron_amopo.objectives import PAIRWISE_LOSSES, WEIGHTINGS, pairwise_parameters
-from megatron_amopo.training.checks import check_before, check_checkpoint, check_data, check_shape, check_tokenizer
+from megatron_amopo.training.checks import (
+    check_before,
+    check_checkpoint,
+    check_data,
+    check_outputs,
+    check_shape,
+    check_tokenizer,
+)
+from megatron_amopo.training.supported_flags import Flag, check_flags, read_flags
 
 #: Where this project departs from Megatron's own defaults, by the names of its argument namespace.
 DEFAULTS: dict[str, Any] = {
@@ -59,6 +68,7 @@ class RunConfig:
     weighting: str
     noise_seed: int
     num_epochs: int | None  # None: as many as --train-iters take
+    global_batch_size: int
     num_samples: int | None  # records in all epochs
     eval_at_start: bool
     dump_logps: Path | None
@@ -101,7 +111,7 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--amopo-dump-logps",
         type=Path,
         metavar="FILE",
-        help="write each validation record's log-probabilities (JSON lines) at the end",
+        help="after an evaluation, write each validation record's log-probabilities (JSON lines)",
     )
     add(
         "--amopo-head-chunk-rows",
@@ -109,7 +119,7 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default=DEFAULT_CHUNK_ROWS,
         help="response tokens whose logits exist at a time (default: %(default)s)",
     )
-    parser.set_defaults(**DEFAULTS, **({} if device.has_cuda() else device.CPU_ARGUMENTS))
+    parser.set_defaults(**DEFAULTS, **device.default_arguments())
     return parser
 
 
@@ -119,21 +129,22 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     Raises:
         AmopoError: naming the flag, file or combination that can't be run.
     """
-    parser_defaults: dict[str, Any] = {}
+    flags: list[Flag] = []
 
     def extra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_amopo_arguments(parser)
-        parser_defaults.update({action.dest: parser.get_default(action.dest) for action in parser._actions})
+        flags.extend(read_flags(parser))
         return parser
 
     args = parse_args(extra_arguments)
-    if args.amopo_data is None:
-        raise ConfigError("--amopo-data is missing: give the folder that tools/prepare_preferences.py wrote")
     check_before(args)
-    hf_folder = check_checkpoint(args) / "hf"
+    checkpoint = check_checkpoint(args)
+    hf_folder = checkpoint / "hf"
     shape = megatron_arguments(read_config(hf_folder))
-    _set_shape(args, shape, parser_defaults, hf_folder)
+    check_flags(args, flags, shape)
+    _set_shape(args, shape, {flag.name: flag.default for flag in flags}, hf_folder)
     check_shape(args)
+    check_outputs(args, checkpoint)
     groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
     check_tokenizer(groups.manifest, args.amopo_data, hf_folder, args.vocab_size)
     check_data(groups, args.max_position_embeddings)
@@ -144,8 +155,10 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     num_samples = _set_lengths(args, groups, data_parallel_size)
     try:
         validate_args(args)
-    except AssertionError as error:
-        raise ConfigError(f"Megatron refuses these flags: {error}") from error
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+        # Some of its assertions say nothing; then the line that failed has to do.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigError(f"Megatron refuses these flags: {reason}") from error
     # After validation, which resets the first; the second is what the first asks of a configuration check.
     args.variable_seq_lengths = True
     args.moe_token_dispatcher_type = "alltoall"
@@ -159,6 +172,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         weighting=args.amopo_weighting,
         noise_seed=args.seed if args.amopo_seed is None else args.amopo_seed,
         num_epochs=args.amopo_epochs,
+        global_batch_size=args.global_batch_size,
         num_samples=num_samples,
         eval_at_start=args.amopo_eval_at_start,
         dump_logps=args.amopo_dump_logps,

@@ -6,66 +6,41 @@ record.
 """
 
 import argparse
-from dataclasses import dataclass
+import math
+import os
 from pathlib import Path
-from typing import Any
 
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError, DataError
 
-_HEAD = "the fused head reads the output weight outside the layer that gathers it"
-_LENGTHS = "packed micro-batches differ in length, and it needs one length"
-_SAMPLES = "the number of samples per step must be fixed"
-_VALIDATION = "a validation pass is always the whole validation set"
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """A Megatron flag that must be ``off``, by the ``name`` of its argument."""
-
-    name: str
-    off: Any
-    flag: str
-    why: str
-
-
-UNSUPPORTED = (
-    Unsupported("context_parallel_size", 1, "--context-parallel-size", "packed groups aren't split over ranks yet"),
-    Unsupported("expert_model_parallel_size", 1, "--expert-model-parallel-size", "the models here have no experts"),
-    Unsupported("num_experts", None, "--num-experts", "the models here have no experts"),
-    Unsupported("mtp_num_layers", None, "--mtp-num-layers", "the objective is on the next token alone"),
-    Unsupported("fp16", False, "--fp16", "use --bf16"),
-    Unsupported("fp8", None, "--fp8-format", "it needs aligned token counts, which packing doesn't give yet"),
-    Unsupported("fp4", None, "--fp4-format", "it needs aligned token counts, which packing doesn't give yet"),
-    Unsupported("attention_dropout", 0.0, "--attention-dropout", "packed attention has no dropout"),
-    Unsupported("hidden_dropout", 0.0, "--hidden-dropout", "both responses of a pair must see the same model"),
-    Unsupported("overlap_param_gather", False, "--overlap-param-gather", _HEAD),
-    Unsupported("use_megatron_fsdp", False, "--use-megatron-fsdp", _HEAD),
-    Unsupported("use_torch_fsdp2", False, "--use-torch-fsdp2", _HEAD),
-    Unsupported("tp_comm_overlap", False, "--tp-comm-overlap", _LENGTHS),
-    Unsupported("cuda_graph_impl", "none", "--cuda-graph-impl", _LENGTHS),
-    Unsupported("rampup_batch_size", None, "--rampup-batch-size", _SAMPLES),
-    Unsupported("step_batch_size_schedule", None, "--step-batch-size-schedule", _SAMPLES),
-    Unsupported("decrease_batch_size_if_needed", False, "--decrease-batch-size-if-needed", _SAMPLES),
-    Unsupported("full_validation", False, "--full-validation", _VALIDATION),
-    Unsupported("multiple_validation_sets", False, "--multiple-validation-sets", _VALIDATION),
-    Unsupported("eval_iters", None, "--eval-iters", _VALIDATION),
-    Unsupported("perform_rl_step", False, "--perform-rl-step", "this is preference optimisation"),
-    Unsupported("sft", False, "--sft", "the SFT term is --amopo-ftx-gamma"),
-    Unsupported("iterations_to_skip", [], "--iterations-to-skip", "Megatron would read batches of another kind"),
-    Unsupported("yaml_cfg", None, "--yaml-cfg", "give flags"),
-    Unsupported("use_checkpoint_args", False, "--use-checkpoint-args", "the shape comes from hf/config.json"),
-)
+#: The least that a number may be.
+_LEAST = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "micro_batch_size": 1,
+    "global_batch_size": 1,
+    "eval_micro_batch_size": 1,
+    "eval_global_batch_size": 1,
+    "log_interval": 1,
+    "seed": 1,
+    "amopo_seed": 0,
+    "amopo_epochs": 1,
+    "amopo_head_chunk_rows": 1,
+    "amopo_ftx_gamma": 0,
+}
 
 
 def check_before(args: argparse.Namespace) -> None:
     """What can be told from the flags alone, before any file is read."""
-    for unsupported in UNSUPPORTED:
-        if getattr(args, unsupported.name, unsupported.off) != unsupported.off:
-            raise ConfigError(f"{unsupported.flag} is not supported: {unsupported.why}")
+    if args.amopo_data is None:
+        raise ConfigError("--amopo-data is missing: give the folder that tools/prepare_preferences.py wrote")
     if args.micro_batch_size is None:
         raise ConfigError("--micro-batch-size is missing: groups (records) per micro-batch, on average")
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
     lengths = [f for f in ("amopo_epochs", "train_iters", "train_samples") if getattr(args, f) is not None]
     if len(lengths) > 1:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in lengths)
@@ -74,12 +49,10 @@ def check_before(args: argparse.Namespace) -> None:
         raise ConfigError("nothing says how long to train: give --amopo-epochs or --train-iters (or --skip-train)")
     if args.lr is None and not args.skip_train:
         raise ConfigError("--lr is missing: the peak learning rate (published: 3e-7 with SimPO)")
-    if args.amopo_epochs is not None and args.amopo_epochs < 1:
-        raise ConfigError(f"--amopo-epochs is {args.amopo_epochs}; expected at least 1")
-    if args.amopo_head_chunk_rows < 1:
-        raise ConfigError(f"--amopo-head-chunk-rows is {args.amopo_head_chunk_rows}; expected at least 1")
-    if args.amopo_ftx_gamma < 0:
-        raise ConfigError(f"--amopo-ftx-gamma is {args.amopo_ftx_gamma}; expected 0 or more")
+    for name in ("amopo_beta", "amopo_gamma"):
+        value = getattr(args, name)
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected a number")
     if args.amopo_beta is not None and args.amopo_beta <= 0:
         raise ConfigError(f"--amopo-beta is {args.amopo_beta}; expected more than 0")
 
@@ -170,3 +143,30 @@ def check_data(groups: PreparedGroups, max_position_embeddings: int) -> None:
             f"sequence of {longest[index]} tokens; the model takes {max_position_embeddings}. Prepare the data with "
             f"--cutoff-len {max_position_embeddings}"
         )
+
+
+def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Whether the run can write where it is told to, and whether that is its own place.
+
+    ``checkpoint`` is what :func:`check_checkpoint` gave. A folder that holds another run is refused: its config,
+    tokenizer and metrics would be mixed with this one's.
+    """
+    if args.save is not None and not args.skip_train:
+        save = Path(args.save)
+        holds_run = (save / "latest_checkpointed_iteration.txt").is_file()
+        if holds_run and (args.finetune or not checkpoint.samefile(save)):
+            raise ConfigError(
+                f"--save {save} holds a run already: go on with it by --load {save} (without --finetune), or name "
+                "another folder"
+            )
+    folders = [("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)]
+    folders.append(("--amopo-dump-logps", args.amopo_dump_logps and args.amopo_dump_logps.parent))
+    for flag, folder in folders:
+        if folder is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{flag} {folder}: can't be made ({error.strerror})") from error
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"{flag} {folder}: can't be written to")

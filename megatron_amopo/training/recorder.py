@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"  # of a run that only evaluates: it adds nothing to a training run's history
 
 
 class ScalarWriter(Protocol):
@@ -41,26 +42,31 @@ class Recorder:
     records_per_step: int
     total_steps: int
     log_interval: int
-    folder: Path | None  # of metrics.jsonl; None writes no file
+    file: Path | None  # of JSON lines; None writes none
     tensorboard: ScalarWriter | None = None
     wandb: ScalarLog | None = None
     _pending: list[tuple[list[str], Tensor]] = field(default_factory=list)
     _interval_start: float = field(default_factory=time.monotonic)
     _paused: float = 0.0
+    _validated: set[int] = field(default_factory=set)
     _console: Console = field(default_factory=lambda: Console(width=120, highlight=False))
 
-    def start(self, iteration: int) -> None:
-        """Begin at ``iteration``: lines of later iterations, left by a run that was stopped and is now resumed, are
-        dropped.
+    def resume(self, iteration: int) -> None:
+        """Continue a file at ``iteration``: what a run that was stopped wrote of later ones is dropped. 0 starts
+        anew.
         """
-        self._interval_start, self._paused = time.monotonic(), 0.0
-        if self.folder is None or not (self.folder / METRICS_FILE).exists():
+        if self.file is None or not self.file.exists():
             return
-        path = self.folder / METRICS_FILE
-        lines = [line for line in path.read_text().splitlines() if _iteration(line) <= iteration]
-        partial = path.with_name(f"{METRICS_FILE}.partial")
-        partial.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(partial, path)
+        lines = [_parse(line) for line in self.file.read_text().splitlines()]
+        kept = [line for line in lines if line is not None and 0 < iteration >= line["iteration"]]
+        self._validated = {line["iteration"] for line in kept if line["split"] == "validation"}
+        partial = self.file.with_name(f"{self.file.name}.partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self.file)
+
+    def start_clock(self) -> None:
+        """Training begins now."""
+        self._interval_start, self._paused = time.monotonic(), 0.0
 
     def step(
         self, iteration: int, metrics: Mapping[str, Tensor], *, learning_rate: float | None, grad_norm: float | None
@@ -116,9 +122,9 @@ class Recorder:
         self._console.print(table)
 
     def _write(self, split: str, iteration: int, values: Mapping[str, float]) -> None:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / METRICS_FILE).open("a") as file:
+        if self.file is not None and not (split == "validation" and iteration in self._validated):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
                 file.write(json.dumps({"iteration": iteration, "split": split, "metrics": values}) + "\n")
         if self.tensorboard is not None:
             for name, value in values.items():
@@ -127,12 +133,12 @@ class Recorder:
             self.wandb.log({f"amopo-{split}/{name}": value for name, value in values.items()}, iteration)
 
 
-def _iteration(line: str) -> int:
+def _parse(line: str) -> dict[str, Any] | None:
+    """A line of the file, None for one that was cut off by a kill."""
     try:
-        return int(json.loads(line)["iteration"])
-    except (ValueError, KeyError, TypeError):
-        # A line cut off by a kill: it belongs to nothing.
-        return 2**63
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _clock(seconds: float) -> str:

@@ -30,6 +30,9 @@ def run_record(config: RunConfig) -> dict[str, Any]:
         "--amopo-ftx-gamma": config.ftx_gamma,
         "--amopo-weighting": config.weighting,
         "--amopo-seed": config.noise_seed,
+        # Epochs are counted in steps, so both must stay; without them a run may change its batch size.
+        "--amopo-epochs": config.num_epochs,
+        **({"--global-batch-size": config.global_batch_size} if config.num_epochs else {}),
     }
 
 

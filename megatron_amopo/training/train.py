@@ -8,6 +8,7 @@ of Megatron's training loop, which move between minor releases.
 
 import functools
 import os
+import platform
 import shutil
 import sys
 import time
@@ -42,7 +43,7 @@ from megatron_amopo.errors import AmopoError
 from megatron_amopo.model.builder import build_model
 from megatron_amopo.training.arguments import RunConfig, open_validation, parse_arguments
 from megatron_amopo.training.metrics import EvaluatedResponses
-from megatron_amopo.training.recorder import Recorder
+from megatron_amopo.training.recorder import EVALUATION_FILE, METRICS_FILE, Recorder
 from megatron_amopo.training.run_record import check_resumed_run, write_run_record
 from megatron_amopo.training.step import Step
 
@@ -55,9 +56,10 @@ def main() -> None:
         args, config = parse_arguments()
         check_resumed_run(args, config)
     except AmopoError as error:
-        # Every rank finds the same error; one says it.
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # All ranks of a machine find the same error; one says it. Another machine may lack what this one has.
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            where = f" ({platform.node()})" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     run(args, config)
     if dist.is_initialized():
@@ -171,6 +173,7 @@ class _OurHooks:
         self.config, self.evaluated = config, evaluated
         self.recorder: Recorder | None = None
         self.evaluated_at: int | None = None
+        self.described = False
 
     def __enter__(self) -> None:
         self.original = {
@@ -196,11 +199,12 @@ class _OurHooks:
                 records_per_step=args.global_batch_size,
                 total_steps=args.train_iters or 0,
                 log_interval=args.log_interval,
-                folder=Path(folder) if folder else None,
+                file=Path(folder) / (EVALUATION_FILE if args.skip_train else METRICS_FILE) if folder else None,
                 tensorboard=get_tensorboard_writer(),
                 wandb=get_wandb_writer() or None,
             )
-            self.recorder.start(args.iteration)
+            if not args.skip_train:
+                self.recorder.resume(args.iteration)
         return self.recorder
 
     def _train(
@@ -220,7 +224,7 @@ class _OurHooks:
         if self.config.eval_at_start and args.do_valid and args.iteration == 0:
             self._evaluate("", forward_step, valid_iterator, model, 0, process, config)
         if recorder := self._record():
-            recorder.start(args.iteration)
+            recorder.start_clock()
         return self.original["train"](
             forward_step, model, optimizer, scheduler, train_iterator, valid_iterator, process, config, *rest, **options
         )
@@ -260,18 +264,20 @@ class _OurHooks:
             self.evaluated.write(self.config.dump_logps, mpu.get_data_parallel_group(), is_writer=is_writer)
 
     def _save_checkpoint(self, *rest: Any, **options: Any) -> Any:
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not self.described:
             save = Path(get_args().save)
             _copy_hf_folder(self.config.hf_folder, save / "hf")
             write_run_record(save, self.config)
+            self.described = True
         return self.original["save_checkpoint"](*rest, **options)
 
 
 def _copy_hf_folder(source: Path, target: Path) -> None:
     """Copy config and tokenizer files beside the checkpoint, so that it can be exported and resumed by itself."""
-    if target.exists():
+    if target.exists() and target.samefile(source):
         return
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that never saved: check_outputs refuses any other
     os.replace(partial, target)

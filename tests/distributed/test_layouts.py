@@ -86,6 +86,9 @@ def check(run, save, reference, reference_save):
         actual, expected = getattr(run, kind), getattr(reference, kind)
         assert not any(tensor.isnan().any() for tensor in actual.values())
         assert relative_error(actual, expected) <= TOLERANCE, kind
+    # Against the distance that the weights have moved, as far as float32 resolves it beside the weights themselves.
+    moved, expected = ({k: r.weights[k] - r.initial[k] for k in r.weights} for r in (run, reference))
+    assert relative_error(moved, expected) <= 1e-3
     check_metrics(save, reference_save)
 
 
@@ -106,8 +109,6 @@ def test_layout_equals_one_rank(name, ranks, workplace, one_rank, tmp_path):
     reference, reference_save = one_rank(tied=True, optimizer=optimizer)
     run = ranks.run(train, num_ranks, flags(workplace, tmp_path, *optimizer, *layout))[0]
     check(run, tmp_path, reference, reference_save)
-    moved = {key: run.weights[key] - run.gradients[key] for key in run.weights}
-    assert relative_error(moved, run.weights) > 1e-3  # the gradient is not so small that anything would pass
 
 
 @pytest.mark.parametrize("name", ["tp2-pp2", "tp2-sp"])

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from tests.support.jobs import refusal
+from megatron_amopo.training.supported_flags import FOREIGN_GROUPS, MODEL_GROUPS, SUPPORTED_MODEL_FLAGS, UNSUPPORTED
+from tests.support.jobs import parser_flags, refusal
 from tests.support.tiny import make_data
 
 BASE = ["--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "2", "--lr", "1e-3"]
@@ -24,6 +25,16 @@ FLAGS = {
     "eval iters": (["--eval-iters", "3"], 1, "--eval-iters is not supported"),
     "ramp-up": (["--step-batch-size-schedule", "0:8 100:16"], 1, "--step-batch-size-schedule is not supported"),
     "skipping": (["--iterations-to-skip", "3"], 1, "--iterations-to-skip is not supported"),
+    "model flag": (["--glu-linear-offset", "1.0"], 1, "--glu-linear-offset is not supported: what the model computes"),
+    "rope": (["--no-rope-freq", "2"], 1, "--no-rope-freq is not supported"),
+    "alias": (["--enable-cuda-graph"], 1, "--enable-cuda-graph is not supported"),
+    "deferred": (["--defer-embedding-wgrad-compute"], 1, "--defer-embedding-wgrad-compute is not supported"),
+    "foreign": (["--mock-data"], 1, "--mock-data is not supported: it belongs to another kind of training"),
+    "checkpoint format": (["--ckpt-format", "torch"], 1, "--ckpt-format is not supported"),
+    "no micro-batch": (["--micro-batch-size", "0"], 1, "--micro-batch-size is 0"),
+    "no ranks": (["--tensor-model-parallel-size", "0"], 1, "--tensor-model-parallel-size is 0"),
+    "negative seed": (["--amopo-seed", "-5"], 1, "--amopo-seed is -5"),
+    "not a number": (["--amopo-gamma", "nan"], 1, "--amopo-gamma is nan"),
     "shape": (["--num-layers", "7"], 1, "--num-layers 7 contradicts"),
     "two lengths": (["--amopo-epochs", "1"], 1, "--amopo-epochs and --train-iters both say"),
     "gamma of orpo": (["--amopo-pairwise", "orpo", "--amopo-gamma", "1"], 1, "pairwise loss 'orpo' has no gamma"),
@@ -100,6 +111,43 @@ def test_half_a_checkpoint(ranks, workplace, tmp_path):
     assert f"--load {shapeless} holds no hf/config.json" in ranks.run(refusal, 1, flags)[0]
 
 
+def test_unwritable_outputs(ranks, workplace, tmp_path):
+    (tmp_path / "file").write_text("")
+    base = ["--amopo-data", str(workplace.data), "--pretrained-checkpoint", str(workplace.mcore), *BASE]
+    for flag, value in (("--save", tmp_path / "file"), ("--amopo-dump-logps", tmp_path / "file" / "logps.jsonl")):
+        assert f"{flag} {tmp_path / 'file'}: can't be made" in ranks.run(refusal, 1, [*base, flag, str(value)])[0]
+
+
+def test_a_folder_of_another_run(ranks, workplace, tmp_path):
+    """Another model's run would leave its config beside these weights."""
+    other = tmp_path / "other"
+    shutil.copytree(workplace.mcore_untied, other)
+    base = [
+        "--amopo-data",
+        str(workplace.data),
+        "--pretrained-checkpoint",
+        str(workplace.mcore),
+        *BASE,
+        "--save",
+        str(other),
+    ]
+    assert f"--save {other} holds a run already" in ranks.run(refusal, 1, base)[0]
+    assert ranks.run(refusal, 1, [*base, "--load", str(other)])[0] == ""
+    assert "holds a run already" in ranks.run(refusal, 1, [*base, "--load", str(other), "--finetune"])[0]
+    assert ranks.run(refusal, 1, [*base, "--skip-train"])[0] == ""
+
+
+def test_every_refused_flag_exists(ranks):
+    """A flag that Megatron renames must not slip through."""
+    known = ranks.run(parser_flags, 1)[0]
+    groups = {group for _, group in known.values()}
+    assert groups >= MODEL_GROUPS | FOREIGN_GROUPS
+    assert known.keys() >= SUPPORTED_MODEL_FLAGS
+    assert {unsupported.name for unsupported in UNSUPPORTED} <= known.keys()
+    for unsupported in UNSUPPORTED:
+        assert unsupported.flag == known[unsupported.name][0]
+
+
 def test_truncated_shard(ranks, workplace, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(workplace.data, copy)
@@ -153,6 +201,8 @@ def test_wrong_tokenizer(ranks, workplace, tmp_path):
         (["--amopo-pairwise", "orpo"], "another --amopo-pairwise"),
         (["--amopo-dimensions", "general"], "another --amopo-dimensions"),
         (["--amopo-seed", "99"], "another --amopo-seed"),
+        (["--global-batch-size", "8"], "another --global-batch-size (4, now 8)"),
+        (["--amopo-epochs", "3"], "another --amopo-epochs (2, now 3)"),
         ("data", "another --amopo-data (other data)"),
     ],
 )
@@ -162,12 +212,13 @@ def test_a_resumed_run_must_be_the_same_run(ranks, workplace, tmp_path, change, 
     from tests.support.jobs import run_record_of
 
     data = workplace.data
-    same = ["--amopo-data", str(data), "--load", str(load), *BASE]
+    epochs = [*BASE[:4], "--lr", "1e-3", "--amopo-epochs", "2"]
+    same = ["--amopo-data", str(data), "--load", str(load), *epochs]
     (load / "run.json").write_text(json.dumps(ranks.run(run_record_of, 1, same)[0]))
     assert ranks.run(refusal, 1, same)[0] == ""
     if change == "data":
         make_data(tmp_path / "other", seed=8)
-        changed = ["--amopo-data", str(tmp_path / "other"), "--load", str(load), *BASE]
+        changed = ["--amopo-data", str(tmp_path / "other"), "--load", str(load), *epochs]
     else:
         changed = [*same, *change]
     assert message in ranks.run(refusal, 1, changed)[0]

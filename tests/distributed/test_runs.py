@@ -111,7 +111,7 @@ def test_evaluation_alone_and_its_dump(ranks, workplace, tmp_path):
     dump = tmp_path / "logps.jsonl"
     own = ["--skip-train", "--tensorboard-dir", str(tmp_path), "--amopo-dump-logps", str(dump)]
     ranks.run(train, 2, flags(workplace, *own), want_tensors=False)
-    (summary,) = metrics(tmp_path, "validation")
+    (summary,) = metrics(tmp_path, "validation", "evaluation.jsonl")
 
     groups = PreparedGroups.open(workplace.data, "validation")
     lines = [json.loads(line) for line in dump.read_text().splitlines()]
@@ -168,7 +168,7 @@ def test_a_subset_of_dimensions_draws_the_same_noise(ranks, workplace, tmp_path)
         "77",
     ]
     ranks.run(train, 1, flags(workplace, *run), want_tensors=False)
-    (summary,) = metrics(tmp_path, "validation")
+    (summary,) = metrics(tmp_path, "validation", "evaluation.jsonl")
     groups = PreparedGroups.open(workplace.data, "validation", ["general", "quality_2"])
     model = AutoModelForCausalLM.from_pretrained(workplace.hf).float().eval()
     noise = record_noise(77, torch.from_numpy(groups.record_ids.copy()), 3, 0)[:, [0, 2]]

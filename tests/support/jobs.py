@@ -18,6 +18,7 @@ class TrainedRun:
     checkpoint.
     """
 
+    initial: dict[str, Tensor]  # weights before the first step
     gradients: dict[str, Tensor]  # of the first step, after all reductions
     weights: dict[str, Tensor]  # after the last step
 
@@ -44,6 +45,7 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
             return result
 
         def keep_first_gradients(_folder: Any, _state: Any, iteration: int, _label: str) -> None:
+            captured["initial"] = assemble(captured["model"], lambda parameter: parameter.data)
             captured["gradients"] = assemble(captured["model"], lambda parameter: parameter.main_grad)
             args.save_wgrads_interval = None
 
@@ -58,7 +60,7 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
             weights = assemble(captured["model"], lambda parameter: parameter.data) if want_tensors else {}
         finally:
             training.setup_model_and_optimizer, training.save_grads = original_setup, original_save
-        return TrainedRun(captured.get("gradients", {}), weights)
+        return TrainedRun(captured.get("initial", {}), captured.get("gradients", {}), weights)
 
 
 @contextlib.contextmanager
@@ -123,11 +125,11 @@ def assemble(model_chunks: list[torch.nn.Module], value: Callable[[torch.nn.Para
     return whole
 
 
-def metrics(folder: Path, split: str = "train") -> list[dict[str, float]]:
-    """The metrics of a run's ``metrics.jsonl``, in order, with their iteration."""
+def metrics(folder: Path, split: str = "train", file: str = "metrics.jsonl") -> list[dict[str, float]]:
+    """The metrics of a run, in order, with their iteration."""
     import json
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / file).read_text().splitlines()]
     return [{"iteration": line["iteration"], **line["metrics"]} for line in lines if line["split"] == split]
 
 
@@ -146,6 +148,19 @@ def refusal(flags: list[str], *, world_size: int = 1) -> str:
     except AmopoError as error:
         return str(error)
     return ""
+
+
+def parser_flags() -> dict[str, tuple[str, str]]:
+    """Name → (flag, group) of all flags of the training command."""
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_amopo.training.arguments import add_amopo_arguments
+    from megatron_amopo.training.supported_flags import read_flags
+
+    parser = add_amopo_arguments(add_megatron_arguments(argparse.ArgumentParser()))
+    return {flag.name: (flag.flag, flag.group) for flag in read_flags(parser)}
 
 
 def run_record_of(flags: list[str]) -> dict[str, Any]:

@@ -86,7 +86,10 @@ class RankPool:
 
 
 def _work(rank: int, connection: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    # These tests are of the CPU's arithmetic, also on a machine with fewer GPUs than ranks.
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", CUDA_VISIBLE_DEVICES=""
+    )
     from megatron_amopo import device
 
     device.prepare()

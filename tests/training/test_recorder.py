@@ -46,7 +46,8 @@ def metrics(loss, tokens=50.0):
 
 
 def make(folder, clock, **options):
-    recorder = Recorder(DIMENSIONS, records_per_step=8, total_steps=6, log_interval=2, folder=folder, **options)
+    file = folder / "metrics.jsonl" if folder else None
+    recorder = Recorder(DIMENSIONS, records_per_step=8, total_steps=6, log_interval=2, file=file, **options)
     recorder._interval_start = clock.now
     return recorder
 
@@ -78,7 +79,7 @@ def test_an_evaluation_before_the_start_does_not_count(tmp_path, clock):
     recorder = make(tmp_path, clock)
     recorder.validation(0, metrics(3.0), seconds=50.0)
     clock.now += 50
-    recorder.start(0)
+    recorder.start_clock()
     for step in (1, 2):
         clock.now += 2
         recorder.step(step, metrics(1.0), learning_rate=None, grad_norm=None)
@@ -96,7 +97,7 @@ def test_writers_get_negative_values_too(tmp_path, clock):
 
 
 def test_the_last_step_is_always_written(tmp_path, clock):
-    recorder = Recorder(DIMENSIONS, records_per_step=8, total_steps=3, log_interval=2, folder=tmp_path)
+    recorder = Recorder(DIMENSIONS, records_per_step=8, total_steps=3, log_interval=2, file=tmp_path / "metrics.jsonl")
     recorder._interval_start = clock.now
     for step in (1, 2, 3):
         clock.now += 1
@@ -111,5 +112,19 @@ def test_a_resumed_run_drops_what_lies_ahead_of_it(tmp_path, clock):
         recorder.step(step, metrics(1.0), learning_rate=None, grad_norm=None)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 5, "split": "tra')  # killed while writing
-    make(tmp_path, clock).start(3)
+    recorder = make(tmp_path, clock)
+    recorder.resume(3)
     assert [line["iteration"] for line in lines(tmp_path)] == [2]
+
+    recorder.validation(3, metrics(1.0), seconds=1.0)
+    again = make(tmp_path, clock)
+    again.resume(3)
+    again.validation(3, metrics(1.0), seconds=1.0)  # a finished run, started once more
+    assert [(line["iteration"], line["split"]) for line in lines(tmp_path)] == [(2, "train"), (3, "validation")]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path, clock):
+    """Lines of a run that never saved a checkpoint are not this run's."""
+    make(tmp_path, clock).validation(0, metrics(9.0), seconds=1.0)
+    make(tmp_path, clock).resume(0)
+    assert lines(tmp_path) == []
