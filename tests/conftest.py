@@ -1,8 +1,7 @@
-"""What every test may rely on: seeded random numbers, GPU tests skipped without a GPU, and the folder of real data."""
+"""What every test may rely on: seeded random numbers, and GPU tests skipped without a GPU."""
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from pathlib import Path
@@ -33,15 +32,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real preference data, tokenizer and configs that are not part of the repository; skips where they are absent.
-
-    $AMOPO_SHARED_DATA names the folder; without it, `../shared/data` beside the checkout.
-    """
-    folder = Path(os.environ.get("AMOPO_SHARED_DATA") or ROOT.parent / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip("real data is not here: set AMOPO_SHARED_DATA to its folder")
-    return folder

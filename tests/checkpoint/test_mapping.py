@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ import torch
 
 from megatron_amopo.checkpoint.mapping import Parameter, hf_shapes, megatron_arguments, parameter_table
 from megatron_amopo.errors import CheckpointError
+from tests.support.shared import SHARED_DATA
 
-REAL_CONFIGS = Path(__file__).parents[2] / ".." / "shared" / "data" / "qwen2.5-configs"
+REAL_CONFIGS = SHARED_DATA / "qwen2.5-configs"
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

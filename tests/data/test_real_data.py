@@ -1,7 +1,6 @@
 """Other people's data and the real Qwen2.5 tokenizer, where they are present beside the project."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +8,9 @@ import pytest
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.prepare import PrepareOptions, prepare
 from megatron_amopo.errors import DataError
+from tests.support.shared import SHARED_DATA
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-TOKENIZER = DATA / "qwen2.5-tokenizer"
+TOKENIZER = SHARED_DATA / "qwen2.5-tokenizer"
 DIMENSIONS = ("helpfulness", "correctness", "instruction_following")
 
 pytestmark = pytest.mark.skipif(
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 def options(tmp_path, name, **changes):
     given = {
-        "inputs": (DATA / name,),
+        "inputs": (SHARED_DATA / name,),
         "output": tmp_path / "out",
         "tokenizer": TOKENIZER,
         "dimensions": DIMENSIONS,
@@ -31,7 +30,7 @@ def options(tmp_path, name, **changes):
 
 
 def test_hellobench(tmp_path):
-    lines = (DATA / "hellobench/train.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    lines = (SHARED_DATA / "hellobench/train.jsonl").read_text(encoding="utf-8").splitlines()[:60]
     path = tmp_path / "some.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     manifest, _ = prepare(options(tmp_path, path))
@@ -54,7 +53,7 @@ def test_whole_sequences_equal_transformers(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    record = json.loads((DATA / "hellobench/train.jsonl").open(encoding="utf-8").readline())
+    record = json.loads((SHARED_DATA / "hellobench/train.jsonl").open(encoding="utf-8").readline())
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps(record), encoding="utf-8")
     manifest, _ = prepare(options(tmp_path, path, cutoff_len=None))
@@ -77,7 +76,7 @@ def test_whole_sequences_equal_transformers(tmp_path):
 
 def test_helpsteer2(tmp_path):
     names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-    lines = (DATA / "helpsteer2_format/helpsteer2_3rows.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (SHARED_DATA / "helpsteer2_format/helpsteer2_3rows.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     rows[1]["prompt"] = rows[0]["prompt"]  # the sample holds one row of each of three prompts
     path = tmp_path / "rows.jsonl"

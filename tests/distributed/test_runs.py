@@ -72,15 +72,15 @@ def test_resume_under_another_layout(ranks, workplace, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_epochs_end_with_what_is_left(ranks, workplace, tmp_path, capfd):
+def test_epochs_end_with_what_is_left(ranks, workplace, tmp_path):
     """Two epochs of 24 records in steps of 20: two whole steps and one of eight records, on two ranks; nothing lost,
     nothing twice.
     """
     run = ["--save", str(tmp_path), "--no-save-optim", "--amopo-epochs", "2", "--global-batch-size", "20", "--lr", "0"]
-    ranks.run(train, 2, [*flags(workplace), *run], want_tensors=False)
+    (told, _) = ranks.run(train, 2, [*flags(workplace), *run], want_tensors=False)
     steps = metrics(tmp_path)
     assert len(steps) == 3
-    assert "2 epochs = 48 samples, 3 steps of 20 records; the last step has 8" in capfd.readouterr().out
+    assert "2 epochs = 48 samples, 3 steps of 20 records; the last step has 8" in told.printed
     # With a learning rate of 0 every record has the same margins in both epochs, so their sums over the steps must be
     # twice the sums over all records once.
     once = tmp_path / "once"

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 
 from megatron_amopo.errors import ConfigError
 from megatron_amopo.objectives import PAIRWISE_LOSSES, amopo_loss, pairwise_parameters, sft_loss
+from tests.support.shared import GOLDEN
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "reference_amopo.json"
 CASES = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else []
 golden = pytest.mark.skipif(not CASES, reason="the released trainer's figures (../shared/golden) are not here")
 

@@ -1,6 +1,7 @@
 """Jobs for :class:`tests.support.ranks.RankPool`: a training run with its gradients and weights laid open."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class TrainedRun:
     initial: dict[str, Tensor]  # weights before the first step
     gradients: dict[str, Tensor]  # of the first step, after all reductions
     weights: dict[str, Tensor]  # after the last step
+    printed: str  # by rank 0
 
 
 def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
@@ -33,7 +35,8 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
 
     sys.argv = ["train", *flags]
     captured: dict[str, Any] = {}
-    with _clean_megatron():
+    printed = io.StringIO()
+    with _clean_megatron(), contextlib.redirect_stdout(printed):
         args, config = parse_arguments()
         check_resumed_run(args, config)
         if want_tensors:
@@ -60,7 +63,7 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
             weights = assemble(captured["model"], lambda parameter: parameter.data) if want_tensors else {}
         finally:
             training.setup_model_and_optimizer, training.save_grads = original_setup, original_save
-        return TrainedRun(captured.get("initial", {}), captured.get("gradients", {}), weights)
+        return TrainedRun(captured.get("initial", {}), captured.get("gradients", {}), weights, printed.getvalue())
 
 
 @contextlib.contextmanager
