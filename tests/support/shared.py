@@ -1,4 +1,5 @@
-"""Real data and the released trainer's figures, which are not part of the repository; tests of them are skipped without.
+"""Real data and the released trainer's figures, which are not part of the repository; tests of them are skipped
+without.
 
 $AMOPO_SHARED_DATA names the folder of the data; without it, `../shared/data` beside the checkout.
 """
