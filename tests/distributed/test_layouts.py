@@ -85,7 +85,9 @@ def check(run, save, reference, reference_save):
     for kind in ("gradients", "weights"):
         actual, expected = getattr(run, kind), getattr(reference, kind)
         assert not any(tensor.isnan().any() for tensor in actual.values())
-        assert relative_error(actual, expected) <= TOLERANCE, kind
+        error = relative_error(actual, expected)
+        print(f"{kind}: relative error {error:.1e}")
+        assert error <= TOLERANCE, kind
     # Against the distance that the weights have moved, as far as float32 resolves it beside the weights themselves.
     moved, expected = ({k: r.weights[k] - r.initial[k] for k in r.weights} for r in (run, reference))
     assert relative_error(moved, expected) <= 1e-3
