@@ -35,7 +35,7 @@ class TokenizerFingerprint:
     """What two tokenizers must share for token ids and chat turns to mean the same to a model.
 
     `vocab_size` is the highest token id + 1, which may be less than the rows of a model's embedding. `name` is for
-    messages only and takes no part in `same_tokens`.
+    messages only.
     """
 
     vocab_sha256: str
@@ -44,9 +44,3 @@ class TokenizerFingerprint:
     end_of_turn_id: int
     pad_id: int | None
     name: str
-
-    def same_tokens(self, other: "TokenizerFingerprint") -> bool:
-        """True where both assign the same ids and close a turn with the same token. The template's wording may
-        differ.
-        """
-        return self.vocab_sha256 == other.vocab_sha256 and self.end_of_turn_id == other.end_of_turn_id

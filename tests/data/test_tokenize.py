@@ -7,7 +7,7 @@ import pytest
 
 from megatron_amopo.data.chat_template import ChatTemplate, TemplateRefusal
 from megatron_amopo.data.problems import RecordProblem
-from megatron_amopo.data.tokenize import ChatTokenizer, TokenizerSource, tokenizer_fingerprint
+from megatron_amopo.data.tokenize import ChatTokenizer, TokenizerSource, folder_vocabulary, tokenizer_fingerprint
 from megatron_amopo.errors import DataError
 from tests.data.conftest import CHATML, make_tokenizer
 
@@ -195,21 +195,26 @@ def test_a_template_that_rewrites_a_response_is_refused_for_that_record(tokenize
 def test_fingerprints(tokenizer_dir, tmp_path):
     ours = tokenizer_fingerprint(tokenizer_dir)
     assert ours == tokenizer_fingerprint(str(tokenizer_dir))
-    assert ours.same_tokens(tokenizer_fingerprint(transformers_tokenizer(tokenizer_dir)))
+    assert (
+        ours.vocab_sha256
+        == tokenizer_fingerprint(transformers_tokenizer(tokenizer_dir)).vocab_sha256
+        == folder_vocabulary(tokenizer_dir)
+    )
     assert (ours.name, ours.pad_id, ours.end_of_turn_id) == ("tiny", 0, 2)
     tokenizer = transformers_tokenizer(tokenizer_dir)
     assert ours.vocab_size == max(tokenizer.get_vocab().values()) + 1
     tokenizer.chat_template = CHATML + "{# said otherwise #}"
     reworded = tokenizer_fingerprint(tokenizer)
     assert reworded.template_sha256 != ours.template_sha256
-    assert reworded.same_tokens(ours)
+    assert reworded.vocab_sha256 == ours.vocab_sha256
     tokenizer.add_tokens(["<|new|>"])
     larger = tokenizer_fingerprint(tokenizer)
     assert larger.vocab_size == ours.vocab_size + 1
-    assert not larger.same_tokens(ours)
+    assert larger.vocab_sha256 != ours.vocab_sha256
 
 
 def test_folders_that_hold_no_tokenizer(tmp_path):
+    assert folder_vocabulary(tmp_path) is None
     with pytest.raises(DataError, match="there is no such folder"):
         TokenizerSource.load(tmp_path / "none")
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
