@@ -96,6 +96,12 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
                     "the checkpoint that it came from, or make it with tools/convert_checkpoint.py hf-to-megatron"
                 )
             return folder
+    for flag, folder in sources:
+        if (folder / "config.json").is_file():
+            raise ConfigError(
+                f"{flag} {folder} holds no checkpoint of Megatron's: it is a Hugging Face folder. Convert it with "
+                "tools/convert_checkpoint.py hf-to-megatron"
+            )
     raise ConfigError(
         ", ".join(f"{flag} {folder} holds no checkpoint" for flag, folder in sources)
         + " (no latest_checkpointed_iteration.txt)"

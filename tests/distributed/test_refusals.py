@@ -92,6 +92,7 @@ def test_missing_pieces(ranks, workplace, tmp_path):
             [*data, "--pretrained-checkpoint", str(tmp_path), *BASE],
             f"--pretrained-checkpoint {tmp_path} holds no checkpoint",
         ),
+        ([*data, "--pretrained-checkpoint", str(workplace.hf), *BASE], "it is a Hugging Face folder"),
         ([*model, "--amopo-data", str(tmp_path / "none"), *BASE], f"no prepared data at {tmp_path / 'none'}"),
         ([*model, "--amopo-data", str(tmp_path), *BASE], "manifest.json"),
     ]:
