@@ -27,6 +27,7 @@ if [ -e "$output" ]; then
   exit 2
 fi
 mkdir -p "$output"
+trap 'rmdir "$output" 2>/dev/null || true' EXIT # a first step that failed leaves nothing behind
 
 scale=()
 [ -n "${SOURCE_SCALE:-}" ] && scale=(--source-scale "$SOURCE_SCALE")

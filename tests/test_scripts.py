@@ -1,0 +1,15 @@
+"""The commands that README shows without an interpreter in front can be started so."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["tools/prepare_preferences.py", "tools/convert_checkpoint.py", "examples/try_your_data.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shown_commands_are_executable(script):
+    assert os.access(ROOT / script, os.X_OK)
+    assert (ROOT / script).read_text().startswith("#!/usr/bin/env ")
