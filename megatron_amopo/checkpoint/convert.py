@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 from megatron_amopo.checkpoint import hf
-from megatron_amopo.checkpoint.mapping import Parameter, hf_shapes, megatron_arguments, parameter_table, tied_copies
+from megatron_amopo.checkpoint.families import megatron_arguments, parameter_table, tied_copies
 from megatron_amopo.checkpoint.megatron import TRACKER, MegatronCheckpoint, write_checkpoint
+from megatron_amopo.checkpoint.parameters import Parameter, hf_shapes
 from megatron_amopo.errors import CheckpointError
 
 HF_SUBFOLDER = "hf"

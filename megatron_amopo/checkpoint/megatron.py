@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_amopo.checkpoint.mapping import Parameter
+from megatron_amopo.checkpoint.parameters import Parameter
 from megatron_amopo.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -3,7 +3,7 @@
 :class:`PackedAttention` takes the place of a Megatron layer's core attention. It takes query, key and value of one
 packed row of tokens and the table of its branches (``data/segments.py``) and gives the attended values. The causal mask
 of a branch is aligned at the bottom right: its last query sees all of its keys. Positions are
-:class:`PackedRotaryEmbedding`'s business.
+``rotary.py``'s business.
 
 Shapes: T tokens of the micro-batch, padding included; heads as Megatron splits them over tensor parallelism.
 """
@@ -121,23 +121,3 @@ def varlen_attention(
     )
     assert isinstance(attended, Tensor)  # a tuple only when more was asked for
     return attended
-
-
-class PackedRotaryEmbedding(torch.nn.Module):
-    """Rotary angles at explicit positions, called as Megatron calls its multimodal rotary embedding.
-
-    Responses of a pair restart at the prompt's end, so positions are data. Angles are an elementwise float32 product,
-    not a matrix
-    product: containers switch TF32 on for those, which would round positions above 2,048.
-    """
-
-    def __init__(self, head_size: int, base: float):
-        super().__init__()
-        self.head_size = head_size
-        self.base = base
-
-    def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
-        """``position_ids [1, T]`` to angles ``[T, 1, 1, head size]`` (rotate-half layout), float32."""
-        exponents = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=position_ids.device) / self.head_size
-        angles = position_ids[0].float()[:, None] * (1.0 / self.base**exponents)
-        return torch.cat([angles, angles], dim=-1)[:, None, None]

@@ -28,8 +28,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_amopo.data.batching import GroupBatch
-from megatron_amopo.model.attention import PackedAttention, PackedRotaryEmbedding
+from megatron_amopo.model.attention import PackedAttention
 from megatron_amopo.model.logprobs import DEFAULT_CHUNK_ROWS, response_logps
+from megatron_amopo.model.rotary import Llama3Scaling, PackedRotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ModelShape:
     max_position_embeddings: int
     rotary_base: float
     tied_embeddings: bool
+    rope_scaling: Llama3Scaling | None = None
 
 
 def build_model(
@@ -77,7 +79,7 @@ def build_model(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
-    model.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, shape.rotary_base)
+    model.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, shape.rotary_base, shape.rope_scaling)
     return model
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_amopo import device
+from megatron_amopo.checkpoint.families import megatron_arguments
 from megatron_amopo.checkpoint.hf import read_config
-from megatron_amopo.checkpoint.mapping import megatron_arguments
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError

@@ -35,7 +35,8 @@ def test_a_file_written_in_any_order_equals_the_librarys(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("max_shard_size", ["40KB", "100KB", "5GB"])
 def test_shards_are_those_of_save_pretrained(make_folder: MakeFolder, tmp_path: Path, max_shard_size: str) -> None:
-    from megatron_amopo.checkpoint.mapping import hf_shapes, parameter_table
+    from megatron_amopo.checkpoint.families import parameter_table
+    from megatron_amopo.checkpoint.parameters import hf_shapes
 
     original = make_folder(max_shard_size=max_shard_size)
     tensors = load_tensors(original)

@@ -1,6 +1,4 @@
-"""Packed attention against a dense mask written out token by token, in float64, values and gradients; rotary
-positions.
-"""
+"""Packed attention against a dense mask written out token by token, in float64, values and gradients."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ import torch
 from megatron_amopo.data.batching import pack
 from megatron_amopo.model.attention import (
     PackedAttention,
-    PackedRotaryEmbedding,
     per_branch_attention,
     varlen_attention,
 )
@@ -94,19 +91,3 @@ def test_varlen_equals_dense_on_cuda(dtype):
     references = torch.autograd.grad(expected, wide, incoming.double())
     for left, right in zip((actual, *gradients), (expected, *references), strict=True):
         assert (left.double() - right).norm() < 0.02 * right.norm()
-
-
-def test_rotary_angles_are_transformers():
-    """At positions that restart and reach far; transformers gives cosines and sines of the same angles."""
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    from tests.support.tiny import qwen2_config
-
-    config = qwen2_config(rope_theta=1_000_000.0, max_position_embeddings=32_768)
-    positions = torch.tensor([[0, 1, 2, 1, 2, 3, 5_001, 32_767]])
-    cosine, sine = Qwen2RotaryEmbedding(config)(torch.zeros(1), positions)
-    base = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
-    angles = PackedRotaryEmbedding(config.hidden_size // config.num_attention_heads, base)(positions)
-    assert angles.shape == (8, 1, 1, 16)
-    torch.testing.assert_close(angles[:, 0, 0].cos(), cosine[0], rtol=0, atol=2e-6)
-    torch.testing.assert_close(angles[:, 0, 0].sin(), sine[0], rtol=0, atol=2e-6)

@@ -40,8 +40,8 @@ def packed_logps(
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_amopo import device
+    from megatron_amopo.checkpoint.families import megatron_arguments
     from megatron_amopo.checkpoint.hf import read_config
-    from megatron_amopo.checkpoint.mapping import megatron_arguments
     from megatron_amopo.model.builder import ModelShape, build_model, forward_logps
 
     shape = megatron_arguments(read_config(mcore / "hf"))

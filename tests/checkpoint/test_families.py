@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_amopo.checkpoint.mapping import Parameter, hf_shapes, megatron_arguments, parameter_table
+from megatron_amopo.checkpoint.families import megatron_arguments, parameter_table
+from megatron_amopo.checkpoint.parameters import Parameter, hf_shapes
 from megatron_amopo.errors import CheckpointError
 from tests.support.shared import SHARED_DATA
 
