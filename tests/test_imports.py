@@ -31,6 +31,7 @@ ALLOWED = {
     "model": {"errors", "device", "data", "objectives", "model"},
     "checkpoint": {"errors", "device", "data", "model", "checkpoint"},
     "training": {"errors", "device", "data", "objectives", "model", "checkpoint", "training"},
+    "certification": {"errors", "device", "data", "objectives", "model", "checkpoint", "training", "certification"},
     "train": {"training"},
     "device": {"errors"},
     "errors": set(),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_amopo.certification.tiny import make_data, random_groups
 from megatron_amopo.data.batching import MicroBatches, SampleOrder, deal, pack
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.groups import TokenizedGroup
 from megatron_amopo.objectives import record_noise
-from tests.support.tiny import make_data, random_groups
 
 
 def group(record_id=7):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_amopo.certification.ranks import RankPool
+from megatron_amopo.certification.tiny import make_data, make_hf_model
 from megatron_amopo.checkpoint.convert import hf_to_megatron
-from tests.support.ranks import RankPool
-from tests.support.tiny import make_data, make_hf_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

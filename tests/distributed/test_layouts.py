@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.jobs import metrics, train
+from megatron_amopo.certification.observed_run import metrics, train
 
 TOLERANCE = 1e-5
 STEPS = 5

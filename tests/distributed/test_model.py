@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_amopo.certification.tiny import VOCAB_SIZE, random_groups
 from tests.support.jobs_model import packed_logps
-from tests.support.tiny import VOCAB_SIZE, random_groups
 
 DIMENSIONS = [1, 2, 4, 6]
 GROUPS = [1, 2, 3, 4, 5]

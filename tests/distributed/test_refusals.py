@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
+from megatron_amopo.certification.tiny import make_data
 from megatron_amopo.training.supported_flags import FOREIGN_GROUPS, MODEL_GROUPS, SUPPORTED_MODEL_FLAGS, UNSUPPORTED
 from tests.support.jobs import parser_flags, refusal
-from tests.support.tiny import make_data
 
 BASE = ["--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "2", "--lr", "1e-3"]
 

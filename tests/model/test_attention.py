@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from megatron_amopo.certification.tiny import random_groups
 from megatron_amopo.data.batching import pack
 from megatron_amopo.model.attention import (
     PackedAttention,
     per_branch_attention,
     varlen_attention,
 )
-from tests.support.tiny import random_groups
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 

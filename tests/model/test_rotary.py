@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_amopo.certification.tiny import qwen2_config
 from megatron_amopo.model.rotary import Llama3Scaling, PackedRotaryEmbedding
-from tests.support.tiny import qwen2_config
 
 POSITIONS = torch.tensor([[0, 1, 2, 1, 2, 3, 5_001, 32_767]])
 

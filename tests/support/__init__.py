@@ -1,1 +1,1 @@
-"""What several tests share: tiny models and tiny prepared data, made from seeds."""
+"""What several tests share: folders for the converter, jobs for ranks, where real data lies."""

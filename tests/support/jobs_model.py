@@ -1,5 +1,5 @@
-"""Jobs for :class:`tests.support.ranks.RankPool` that compute with the model or its head directly, without a training
-run.
+"""Jobs for :class:`megatron_amopo.certification.ranks.RankPool` that compute with the model or its head directly,
+without a training run.
 """
 
 import contextlib

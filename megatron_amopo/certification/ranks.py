@@ -1,8 +1,8 @@
-"""Gloo ranks for tests: spawned once, used for many layouts.
+"""Ranks on this machine, spawned once and used for many layouts.
 
-Importing Megatron takes seconds per process, so the ranks live as long as the pool. A job is a function of this
-repository that runs on the first n ranks, each with its environment set as torchrun would; what it returns on each rank
-comes back.
+Importing Megatron takes seconds per process, so the ranks live as long as the pool. A job is a function of an
+importable module that runs on the first n ranks, each with its environment set as torchrun would; what it returns on
+each rank comes back.
 """
 
 import os
@@ -19,10 +19,10 @@ JOB_TIMEOUT_S = 300
 
 
 class RankPool:
-    """``size`` processes waiting for jobs."""
+    """``size`` processes waiting for jobs: on the CPU (gloo), or each on a GPU of its own (NCCL) with ``gpus``."""
 
-    def __init__(self, size: int):
-        self._size = size
+    def __init__(self, size: int, *, gpus: bool = False):
+        self._size, self._gpus = size, gpus
         self._start()
 
     def _start(self) -> None:
@@ -31,7 +31,7 @@ class RankPool:
         self._processes = []
         for rank in range(self._size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, theirs), daemon=False)
+            process = context.Process(target=_work, args=(rank, theirs, self._gpus), daemon=False)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -62,8 +62,7 @@ class RankPool:
                 raise RuntimeError(
                     f"{job.__name__} did not finish on {len(missing)} of {num_ranks} ranks in {JOB_TIMEOUT_S} s"
                 )
-            for connection in ready:
-                rank = chosen.index(connection)  # type: ignore[arg-type]
+            for rank in [rank for rank, connection in enumerate(chosen) if connection in ready]:
                 ok, results[rank] = chosen[rank].recv()
                 if not ok:
                     # The other ranks may wait for this one for ever.
@@ -85,11 +84,10 @@ class RankPool:
                 process.join()
 
 
-def _work(rank: int, connection: Connection) -> None:
-    # These tests are of the CPU's arithmetic, also on a machine with fewer GPUs than ranks.
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", CUDA_VISIBLE_DEVICES=""
-    )
+def _work(rank: int, connection: Connection, gpus: bool) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    if not gpus:  # the CPU's arithmetic, also on a machine with fewer GPUs than ranks
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_amopo import device
 
     device.prepare()

@@ -1,6 +1,8 @@
-"""A tiny random Qwen2 as a Hugging Face folder and random prepared groups for it."""
+"""A tiny random Qwen2 as a Hugging Face folder and random prepared groups for it, made from seeds."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +14,7 @@ from megatron_amopo.data.shards import write_groups
 VOCAB_SIZE = 151
 
 
-def qwen2_config(*, tied: bool = True, **changes):
+def qwen2_config(*, tied: bool = True, **changes: Any) -> Any:
     """transformers' config of a model that TP 2 and PP 2 divide."""
     from transformers import Qwen2Config
 
@@ -31,7 +33,7 @@ def qwen2_config(*, tied: bool = True, **changes):
     return Qwen2Config(**{**sizes, **changes})
 
 
-def make_hf_model(folder: Path, *, tied: bool = True, seed: int = 0, **changes):
+def make_hf_model(folder: Path, *, tied: bool = True, seed: int = 0, **changes: Any) -> Any:
     """Write a random model to ``folder`` and return it, float32, in evaluation mode."""
     import torch
     from transformers import Qwen2ForCausalLM
@@ -82,7 +84,7 @@ def random_groups(
 
 
 def make_data(
-    folder: Path, *, train: int = 24, validation: int = 10, dimensions: int = 3, seed: int = 0, **options
+    folder: Path, *, train: int = 24, validation: int = 10, dimensions: int = 3, seed: int = 0, **options: Any
 ) -> Manifest:
     """Write a prepared folder of random groups."""
     groups = random_groups(train + validation, dimensions=dimensions, seed=seed, **options)
@@ -98,5 +100,7 @@ def make_data(
         data_sha256="",
         created_with={},
     )
-    splits = {"train": groups[:train]} | ({"validation": groups[train:]} if validation else {})
+    splits: dict[str, Sequence[TokenizedGroup]] = {"train": groups[:train]}
+    if validation:
+        splits["validation"] = groups[train:]
     return write_groups(folder, splits, manifest)

@@ -1,0 +1,140 @@
+"""A training run with its first gradients and its weights laid open: what certificates and tests compare.
+
+Takes the flags of a training command, on every rank of a job of :class:`~megatron_amopo.certification.ranks.RankPool`;
+gives a :class:`TrainedRun` whose tensors are whole, under the names and in the shapes of a checkpoint, whatever layout
+computed them. The run itself is the one that ``torchrun`` would start.
+"""
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class TrainedRun:
+    """What a run left, assembled from all ranks; on rank 0, empty elsewhere. Names and shapes are those of a
+    checkpoint.
+    """
+
+    initial: dict[str, Tensor]  # weights before the first step
+    gradients: dict[str, Tensor]  # of the first step, after all reductions
+    weights: dict[str, Tensor]  # after the last step
+    printed: str  # by rank 0
+
+
+def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
+    """``torchrun … -m megatron_amopo.training.train FLAGS`` within this process, through Megatron's ``pretrain``."""
+    from megatron.training import training
+
+    from megatron_amopo.training.arguments import parse_arguments
+    from megatron_amopo.training.run_record import check_resumed_run
+    from megatron_amopo.training.train import run
+
+    sys.argv = ["train", *flags]
+    captured: dict[str, Any] = {}
+    printed = io.StringIO()
+    with _clean_megatron(), contextlib.redirect_stdout(printed):
+        args, config = parse_arguments()
+        check_resumed_run(args, config)
+        if want_tensors:
+            args.save_wgrads_interval = 1
+
+        def keep_model(*a: Any, **k: Any) -> Any:
+            result = original_setup(*a, **k)
+            captured["model"] = result[0]
+            return result
+
+        def keep_first_gradients(_folder: Any, _state: Any, iteration: int, _label: str) -> None:
+            captured["initial"] = assemble(captured["model"], lambda parameter: parameter.data)
+            captured["gradients"] = assemble(captured["model"], lambda parameter: parameter.main_grad)
+            args.save_wgrads_interval = None
+
+        original_setup, original_save = training.setup_model_and_optimizer, training.save_grads
+        training.setup_model_and_optimizer, training.save_grads = keep_model, keep_first_gradients
+        try:
+            try:
+                run(args, config)
+            except SystemExit as stop:  # Megatron's way to stop early, as asked by --exit-interval
+                if stop.code:
+                    raise
+            weights = assemble(captured["model"], lambda parameter: parameter.data) if want_tensors else {}
+        finally:
+            training.setup_model_and_optimizer, training.save_grads = original_setup, original_save
+        return TrainedRun(captured.get("initial", {}), captured.get("gradients", {}), weights, printed.getvalue())
+
+
+@contextlib.contextmanager
+def _clean_megatron() -> Iterator[None]:
+    """Megatron keeps its state in globals; leave none of it to the next job."""
+    from megatron.core.parallel_state import destroy_model_parallel
+    from megatron.training import checkpointing, training
+
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            training.destroy_global_state()
+        destroy_model_parallel()
+        # A rank that has these takes part in a collective that a fresh rank doesn't.
+        training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
+        checkpointing._LOADED_ITERATION = None
+        checkpointing._CHECKPOINT_VERSION = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def assemble(model_chunks: list[torch.nn.Module], value: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """Whole tensors from all ranks, on rank 0: ``value`` of each parameter put together as a checkpoint would be."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.utils import unwrap_model
+
+    pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]] = []
+    for chunk in unwrap_model(model_chunks):
+        backup = {parameter: parameter.data for parameter in chunk.parameters()}
+        try:
+            for parameter in backup:
+                parameter.data = value(parameter).detach().to(parameter.dtype).view_as(parameter)
+            state = chunk.sharded_state_dict()
+            apply_factories(state)
+            for shard in nested_values(state):
+                if isinstance(shard, ShardedTensor) and shard.data is not None:
+                    pieces.append(
+                        (
+                            shard.key,
+                            shard.global_shape,
+                            shard.global_offset,
+                            shard.data.detach().clone().cpu().reshape(shard.local_shape),
+                        )
+                    )
+        finally:
+            for parameter, data in backup.items():
+                parameter.data = data
+    gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, pieces)
+    if dist.get_rank() != 0:
+        return {}
+    whole: dict[str, Tensor] = {}
+    for key, shape, offset, data in (piece for rank in gathered for piece in rank):
+        target = whole.setdefault(key, torch.full(shape, float("nan")))
+        # Leading axes that the local tensor lacks (the layer) are of size one.
+        window = tuple(
+            slice(o, o + s) for o, s in zip(offset, (1,) * (len(shape) - data.dim()) + tuple(data.shape), strict=True)
+        )
+        target[window] = data.reshape(target[window].shape).float()
+    return whole
+
+
+def metrics(folder: Path, split: str = "train", file: str = "metrics.jsonl") -> list[dict[str, float]]:
+    """The metrics of a run, in order, with their iteration."""
+    lines = [json.loads(line) for line in (folder / file).read_text().splitlines()]
+    return [{"iteration": line["iteration"], **line["metrics"]} for line in lines if line["split"] == split]
