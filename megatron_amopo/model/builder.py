@@ -2,14 +2,17 @@
 ``GPTModel``.
 
 :func:`build_model` takes Megatron's ``TransformerConfig`` and a few sizes and gives a ``GPTModel`` whose layers attend
-over packed groups and whose rotary embedding takes explicit positions. :func:`forward_logps` is the one way to call it.
+over packed groups and whose rotary embedding takes explicit positions. Training calls it by :func:`forward_logps`,
+comparisons with other implementations by :func:`forward_logits`. Outside a training run :func:`transformer_config`
+and :meth:`ModelShape.of` make the configuration that a training run takes from Megatron's arguments.
 
 ``GPTModel`` announces a successor, ``HybridModel``; megatron-core 0.19's has neither an output processor nor explicit
 positions.
 """
 
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -28,6 +31,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_amopo.data.batching import GroupBatch
+from megatron_amopo.data.segments import Branch, PackedSegments
 from megatron_amopo.model.attention import PackedAttention
 from megatron_amopo.model.logprobs import DEFAULT_CHUNK_ROWS, response_logps
 from megatron_amopo.model.rotary import Llama3Scaling, PackedRotaryEmbedding
@@ -42,6 +46,41 @@ class ModelShape:
     rotary_base: float
     tied_embeddings: bool
     rope_scaling: Llama3Scaling | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], *, padded_vocab_size: int) -> "ModelShape":
+        """The shape that ``arguments`` (of :func:`megatron_amopo.checkpoint.families.megatron_arguments`) describe."""
+        return cls(
+            padded_vocab_size=padded_vocab_size,
+            max_position_embeddings=arguments["max_position_embeddings"],
+            rotary_base=arguments["rotary_base"],
+            tied_embeddings=not arguments["untie_embeddings_and_output_weights"],
+        )
+
+
+def transformer_config(arguments: Mapping[str, Any], **options: Any) -> TransformerConfig:
+    """Megatron's configuration for computing with a model outside a training run, on the CPU: its own layers, nothing
+    fused.
+
+    Args:
+        arguments: of :func:`megatron_amopo.checkpoint.families.megatron_arguments`; those that ``TransformerConfig``
+            doesn't know are :class:`ModelShape`'s.
+        options: further fields of ``TransformerConfig``: parallelism, precision.
+    """
+    known = {field.name for field in fields(TransformerConfig)}
+    values: dict[str, Any] = {name: value for name, value in arguments.items() if name in known}
+    if arguments["swiglu"]:
+        values |= {"gated_linear_unit": True, "activation_func": torch.nn.functional.silu}
+    values |= {
+        "use_cpu_initialization": True,
+        "transformer_impl": "local",
+        "bias_activation_fusion": False,
+        "persist_layer_norm": False,
+        # As in training: packed rows differ in length, and the second is what the first asks of a configuration check.
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+    return TransformerConfig(**{**values, **options})
 
 
 def build_model(
@@ -103,6 +142,24 @@ def forward_logps(
         output_processor=partial(_response_head, vocab_size=vocab_size, chunk_rows=chunk_rows),
         output_processor_context=batch,
     )
+
+
+def forward_logits(model: torch.nn.Module, token_ids: Tensor, *, vocab_size: int) -> Tensor:
+    """Logits ``[T, vocab_size]`` after each token of one text, float32, without the vocabulary's padding.
+
+    Args:
+        model: of :func:`build_model`, whole: neither pipeline- nor tensor-parallel.
+        token_ids: ``[T]`` int64, on the model's device.
+        vocab_size: rows of the vocabulary without padding.
+    """
+    length = len(token_ids)
+    logits = model(
+        input_ids=token_ids[None],
+        position_ids=torch.arange(length, device=token_ids.device)[None],
+        attention_mask=None,
+        packed_seq_params=PackedSegments((Branch(0, length),), token_ids.device),
+    )
+    return logits[0, :, :vocab_size].float()
 
 
 def _response_head(

@@ -37,12 +37,11 @@ def packed_logps(
     micro-batch.
     """
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_amopo import device
     from megatron_amopo.checkpoint.families import megatron_arguments
     from megatron_amopo.checkpoint.hf import read_config
-    from megatron_amopo.model.builder import ModelShape, build_model, forward_logps
+    from megatron_amopo.model.builder import ModelShape, build_model, forward_logps, transformer_config
 
     shape = megatron_arguments(read_config(mcore / "hf"))
     with process_group():
@@ -50,45 +49,12 @@ def packed_logps(
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
             tensor_parallel.model_parallel_cuda_manual_seed(1)
         try:
-            sizes = [
-                "num_layers",
-                "hidden_size",
-                "num_attention_heads",
-                "num_query_groups",
-                "ffn_hidden_size",
-                "kv_channels",
-                "normalization",
-                "layernorm_epsilon",
-                "add_bias_linear",
-                "add_qkv_bias",
-                "attention_dropout",
-                "hidden_dropout",
-            ]
-            config = TransformerConfig(
-                **{name: shape[name] for name in sizes},
-                tensor_model_parallel_size=tp,
-                sequence_parallel=sequence_parallel,
-                gated_linear_unit=True,
-                activation_func=torch.nn.functional.silu,
-                use_cpu_initialization=True,
-                transformer_impl="local",
-                bias_activation_fusion=False,
-                persist_layer_norm=False,
-                params_dtype=dtype,
-                variable_seq_lengths=True,
-                moe_token_dispatcher_type="alltoall",
+            config = transformer_config(
+                shape, tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel, params_dtype=dtype
             )
             multiple = 128 * tp
             padded = -(-shape["vocab_size"] // multiple) * multiple
-            model = build_model(
-                config,
-                ModelShape(
-                    padded,
-                    shape["max_position_embeddings"],
-                    shape["rotary_base"],
-                    not shape["untie_embeddings_and_output_weights"],
-                ),
-            )
+            model = build_model(config, ModelShape.of(shape, padded_vocab_size=padded))
             state = model.sharded_state_dict()
             loaded = dist_checkpointing.load(
                 {k: v for k, v in state.items() if "_extra_state" not in k}, str(mcore / "release")
