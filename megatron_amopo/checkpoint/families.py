@@ -1,21 +1,33 @@
 """The model families: what their `config.json` says and which parameters they have. The only file that knows a family.
 
 Takes the fields of a Hugging Face `config.json`; gives the Megatron arguments of the same shape (`megatron_arguments`),
-and the table of parameters (`parameter_table`) by which the converter reads and writes. Nothing here touches a file or
-a device.
+the scaling of the rotary embedding (`rope_scaling`), the longest sequence (`longest_sequence`), and the table of
+parameters (`parameter_table`) by which the converter reads and writes. Nothing here touches a file or a device.
 
-To add a family: an entry in FAMILIES, made of parameters, of the Megatron arguments that it fixes, and of a check of
-its own.
+To add a family: an entry in FAMILIES. It is made of parameters, of the Megatron arguments that it fixes, and of the
+fields of config.json that it has beside those of every decoder. Fields that no list names are refused, so a model that
+differs from its family in a way that isn't known here can't slip through.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_amopo.checkpoint.config_fields import check_fields, check_fixed, flag, number, rope, whole_number
 from megatron_amopo.checkpoint.parameters import Parameter, Piece, Rule
 from megatron_amopo.errors import CheckpointError
+from megatron_amopo.model.rotary import Llama3Scaling
+
+
+@dataclass(frozen=True)
+class IgnoredTensors:
+    """Tensors, by a pattern of their whole names, that are left out, and why that changes nothing."""
+
+    pattern: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -23,11 +35,33 @@ class Family:
     """An architecture as `config.json` names it."""
 
     architecture: str
+    model_type: str
     rules: tuple[Rule, ...]
-    arguments: Mapping[str, Any]
-    """Megatron arguments that every model of the family has, beside those of `_decoder_arguments`."""
-    check: Callable[[Mapping[str, Any]], None]
-    """Raises CheckpointError for a config value that only this family has and that isn't supported."""
+    """In the order in which transformers defines the modules: its files follow it."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Megatron arguments that every model of the family has, where they differ from those of `_decoder_arguments`."""
+    fields: frozenset[str] = frozenset()
+    """Fields of config.json that `check` and `length_fields` understand."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of config.json that may have one value only; missing or null, they have it."""
+    stated: tuple[str, ...] = ("num_key_value_heads",)
+    """Fields that must be there, null perhaps: for a missing one transformers puts in a number of its own."""
+    default_rotary_base: int | None = None
+    """The base where config.json states none; None refuses that."""
+    length_fields: tuple[str, ...] = ("max_position_embeddings",)
+    """The smallest of these, as far as they are set, is the longest sequence that the model takes here."""
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    """Raises CheckpointError for a combination of fields that isn't supported."""
+    ignored: tuple[IgnoredTensors, ...] = ()
+    """Tensors that old files hold although nothing needs them."""
+
+
+@dataclass(frozen=True)
+class SequenceLimit:
+    """How many tokens a sequence may have, and the field of config.json that says so."""
+
+    tokens: int
+    field: str
 
 
 _EMBEDDING = Rule("embedding.word_embeddings.weight", (Piece("model.embed_tokens.weight", "vocab"),), "hidden")
@@ -49,42 +83,110 @@ def _one(megatron: str, hf: str, rows: str, columns: str | None = None) -> Rule:
     return Rule(f"decoder.layers.{megatron}", (Piece(f"model.layers.{{layer}}.{hf}", rows),), columns)
 
 
-# What all decoders of Llama's kind share: pre-norm blocks, grouped-query attention, SwiGLU.
-_DECODER = (
-    _EMBEDDING,
-    _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
-    _qkv("weight", "hidden"),
-    _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", "query"),
-    _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "hidden"),
-    Rule(
-        "decoder.layers.mlp.linear_fc1.weight",
-        (
-            Piece("model.layers.{layer}.mlp.gate_proj.weight", "ffn"),
-            Piece("model.layers.{layer}.mlp.up_proj.weight", "ffn"),
+def _decoder(*extra_of_attention: Rule) -> tuple[Rule, ...]:
+    """Parameters of a decoder of Llama's kind (pre-norm blocks, grouped-query attention, SwiGLU), and what a family has
+    beside them in its attention."""
+    return (
+        _EMBEDDING,
+        _qkv("weight", "hidden"),
+        _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "hidden", "query"),
+        *extra_of_attention,
+        Rule(
+            "decoder.layers.mlp.linear_fc1.weight",
+            (
+                Piece("model.layers.{layer}.mlp.gate_proj.weight", "ffn"),
+                Piece("model.layers.{layer}.mlp.up_proj.weight", "ffn"),
+            ),
+            "hidden",
         ),
-        "hidden",
-    ),
-    _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "hidden", "ffn"),
-    _FINAL_NORM,
-    _OUTPUT,
+        _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "hidden", "ffn"),
+        _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "hidden"),
+        _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "hidden"),
+        _FINAL_NORM,
+        _OUTPUT,
+    )
+
+
+_QK_NORMS = (
+    _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "head"),
+    _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "head"),
+)
+
+# Fields that every decoder has; `_decoder_arguments`, `_check` and `rope` read them.
+_DECODER_FIELDS = frozenset(
+    """
+    architectures head_dim hidden_size initializer_range intermediate_size max_position_embeddings model_type
+    num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters rope_scaling rope_theta
+    tie_word_embeddings vocab_size
+    """.split()  # noqa: SIM905
+)
+_DECODER_FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
+_QWEN_WINDOW_FIELDS = frozenset({"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"})
+_ROTARY_BUFFERS = IgnoredTensors(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary frequencies follow from config.json"
 )
 
 
-def _check_qwen2(config: Mapping[str, Any]) -> None:
-    """Qwen2 slides the windows of layers from `max_window_layers` on, but only where `use_sliding_window` says so."""
-    layers = _whole_number(config, "num_hidden_layers")
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None or "layer_types" in config:
-        return  # layer_types, where present, decides instead: see _check_decoder
-    if config.get("max_window_layers", layers) < layers:
+def _check_qwen_windows(config: Mapping[str, Any]) -> None:
+    """Qwen slides the windows of the layers that `layer_types` names or, in files of older releases, of those from
+    `max_window_layers` on, where `use_sliding_window` says so."""
+    other_layers = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    if other_layers:
         raise CheckpointError(
-            f"config.json: use_sliding_window with max_window_layers {config['max_window_layers']} of {layers} layers: "
-            "sliding-window attention is not supported"
+            f"config.json: layer_types has {', '.join(other_layers)}: only full_attention is supported"
+        )
+    if not flag(config, "use_sliding_window") or config.get("sliding_window") is None or config.get("layer_types"):
+        return
+    layers = whole_number(config, "num_hidden_layers")
+    if config.get("max_window_layers", 0) < layers:
+        raise CheckpointError(
+            f"config.json: use_sliding_window with max_window_layers {config.get('max_window_layers')} of {layers} "
+            "layers: sliding-window attention is not supported"
         )
 
 
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
-    for family in (Family("Qwen2ForCausalLM", (*_DECODER, _qkv("bias", None)), {"add_qkv_bias": True}, _check_qwen2),)
+    for family in (
+        Family(
+            "Qwen2ForCausalLM",
+            "qwen2",
+            _decoder(_qkv("bias", None)),
+            arguments={"add_qkv_bias": True},
+            fields=_QWEN_WINDOW_FIELDS,
+            check=_check_qwen_windows,
+        ),
+        Family(
+            "Qwen3ForCausalLM",
+            "qwen3",
+            _decoder(*_QK_NORMS),
+            arguments={"qk_layernorm": True},
+            fields=_QWEN_WINDOW_FIELDS,
+            fixed={"attention_bias": False},
+            stated=("num_key_value_heads", "head_dim"),
+            check=_check_qwen_windows,
+        ),
+        # Llama 2's published files state neither a base nor, the oldest, key and value heads.
+        Family(
+            "LlamaForCausalLM",
+            "llama",
+            _decoder(),
+            fixed={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+            stated=(),
+            default_rotary_base=10_000,
+            ignored=(_ROTARY_BUFFERS,),
+        ),
+        # A window slides over every layer. Sequences that fit into it never notice, so it limits their length here.
+        Family(
+            "MistralForCausalLM",
+            "mistral",
+            _decoder(),
+            fields=frozenset({"sliding_window"}),
+            stated=("num_key_value_heads", "sliding_window"),
+            length_fields=("max_position_embeddings", "sliding_window"),
+            ignored=(_ROTARY_BUFFERS,),
+        ),
+    )
 }
 
 
@@ -104,9 +206,41 @@ def megatron_arguments(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             names it.
     """
     family = family_of(hf_config)
-    _check_decoder(hf_config)
-    family.check(hf_config)
-    return {**_decoder_arguments(hf_config), **family.arguments}
+    _check(family, hf_config)
+    return {**_decoder_arguments(family, hf_config), **family.arguments}
+
+
+def rope_scaling(hf_config: Mapping[str, Any]) -> Llama3Scaling | None:
+    """How config.json stretches the rotary embedding; None where it doesn't.
+
+    The model takes this, not Megatron's `rope_scaling_factor`: Megatron knows the factor alone, and takes Llama 3.1's
+    numbers for the rest.
+
+    Raises:
+        CheckpointError: it is of a kind that isn't supported.
+    """
+    return rope(hf_config, family_of(hf_config).default_rotary_base).scaling
+
+
+def longest_sequence(hf_config: Mapping[str, Any]) -> SequenceLimit:
+    """The longest sequence that is computed exactly: `max_position_embeddings`, or the sliding window where it is
+    shorter. Within its window, attention is full attention.
+
+    Raises:
+        CheckpointError: a field is missing or isn't a number.
+    """
+    first, *others = family_of(hf_config).length_fields
+    limits = [SequenceLimit(whole_number(hf_config, first), first)]
+    limits += [SequenceLimit(whole_number(hf_config, f), f) for f in others if hf_config.get(f) is not None]
+    return min(limits, key=lambda limit: limit.tokens)
+
+
+def ignored_tensor(hf_config: Mapping[str, Any], name: str) -> str | None:
+    """Why a tensor that isn't part of the model may be left out; None where it may not."""
+    for tensors in family_of(hf_config).ignored:
+        if re.fullmatch(tensors.pattern, name):
+            return tensors.why
+    return None
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -121,7 +255,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
 
 
 def parameter_table(hf_config: Mapping[str, Any]) -> tuple[Parameter, ...]:
-    """Every parameter of the model that config.json describes, in the order in which a forward pass meets them.
+    """Every parameter of the model that config.json describes, in the order in which transformers defines the modules.
 
     Raises:
         CheckpointError: as `megatron_arguments`.
@@ -147,7 +281,7 @@ def parameter_table(hf_config: Mapping[str, Any]) -> tuple[Parameter, ...]:
 
 def tied_copies(hf_config: Mapping[str, Any]) -> dict[str, str]:
     """Tensors that a folder may hold although the model ties them to another: name -> the tensor that must equal it."""
-    return {_OUTPUT.pieces[0].name: _EMBEDDING.pieces[0].name} if hf_config.get("tie_word_embeddings", False) else {}
+    return {_OUTPUT.pieces[0].name: _EMBEDDING.pieces[0].name} if flag(hf_config, "tie_word_embeddings") else {}
 
 
 def _dimensions(arguments: Mapping[str, Any]) -> dict[str, int]:
@@ -165,94 +299,63 @@ def _dimensions(arguments: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _decoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+def _decoder_arguments(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron arguments of a decoder of Llama's kind, names and defaults of config.json as transformers has them."""
-    hidden = _whole_number(config, "hidden_size")
-    heads = _whole_number(config, "num_attention_heads")
-    groups = _whole_number(config, "num_key_value_heads", default=heads)
+    hidden = whole_number(config, "hidden_size")
+    heads = whole_number(config, "num_attention_heads")
+    groups = whole_number(config, "num_key_value_heads", default=heads)
     if heads % groups:
         raise CheckpointError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
         )
     if config.get("head_dim") is None and hidden % heads:
         raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    rotary = rope(config, family.default_rotary_base)
     return {
-        "num_layers": _whole_number(config, "num_hidden_layers"),
+        "num_layers": whole_number(config, "num_hidden_layers"),
         "hidden_size": hidden,
-        "ffn_hidden_size": _whole_number(config, "intermediate_size"),
+        "ffn_hidden_size": whole_number(config, "intermediate_size"),
         "num_attention_heads": heads,
         "group_query_attention": True,
         "num_query_groups": groups,
-        "kv_channels": _whole_number(config, "head_dim", default=hidden // heads),
-        "vocab_size": _whole_number(config, "vocab_size"),
-        "max_position_embeddings": _whole_number(config, "max_position_embeddings"),
+        "kv_channels": whole_number(config, "head_dim", default=hidden // heads),
+        "vocab_size": whole_number(config, "vocab_size"),
+        "max_position_embeddings": longest_sequence(config).tokens,
         "position_embedding_type": "rope",
-        "rotary_base": _rotary_base(config),
+        "rotary_base": rotary.base,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
+        # What Megatron can say of a scaling; see `rope_scaling`. Its default factor is 8.
+        "use_rope_scaling": rotary.scaling is not None,
+        "rope_scaling_factor": rotary.scaling.factor if rotary.scaling is not None else 8.0,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": _number(config, "rms_norm_eps"),
+        "layernorm_epsilon": number(config, "rms_norm_eps"),
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "qk_layernorm": False,
         # transformers 5 omits the field where it has the default, False.
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "untie_embeddings_and_output_weights": not flag(config, "tie_word_embeddings"),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "init_method_std": _number(config, "initializer_range", default=0.02),
+        "init_method_std": number(config, "initializer_range", default=0.02),
     }
 
 
-def _check_decoder(config: Mapping[str, Any]) -> None:
+def _check(family: Family, config: Mapping[str, Any]) -> None:
     """Refuse what would silently compute something else in Megatron."""
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r}: only 'silu' is supported")
+    if config.get("model_type") not in (None, family.model_type):
+        raise CheckpointError(
+            f"config.json: model_type {config['model_type']!r} contradicts architectures {family.architecture}, whose "
+            f"model_type is {family.model_type!r}"
+        )
     if config.get("quantization_config"):
         raise CheckpointError("config.json: quantization_config: quantized weights are not supported")
-    other_layers = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    if other_layers:
-        raise CheckpointError(
-            f"config.json: layer_types has {', '.join(other_layers)}: only full_attention is supported"
-        )
-    # transformers 4 writes rope_scaling; 5 writes rope_parameters, which hold the base, too.
-    for field in ("rope_scaling", "rope_parameters"):
-        rope = config.get(field) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"config.json: {field} of type {kind!r}: rope scaling is not supported")
-        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
-        if unknown:
-            raise CheckpointError(f"config.json: {field} has {', '.join(unknown)}: not supported")
-
-
-def _rotary_base(config: Mapping[str, Any]) -> int:
-    """The base of the rotary embedding, in either spelling; Megatron's --rotary-base is a whole number."""
-    nested = (config.get("rope_parameters") or {}).get("rope_theta")
-    top = config.get("rope_theta")
-    if nested is not None and top is not None and nested != top:
-        raise CheckpointError(f"config.json: rope_theta is {top}, but rope_parameters.rope_theta is {nested}")
-    theta = nested if nested is not None else top
-    if theta is None:
-        raise CheckpointError("config.json: rope_theta is missing (neither at the top nor in rope_parameters)")
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0 or theta != int(theta):
-        raise CheckpointError(f"config.json: rope_theta {theta!r} is not a positive whole number")
-    return int(theta)
-
-
-def _whole_number(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = default if config.get(field) is None else config[field]
-    if value is None:
-        raise CheckpointError(f"config.json: {field} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {field} {value!r} is not a positive whole number")
-    return value
-
-
-def _number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    value = default if config.get(field) is None else config[field]
-    if value is None:
-        raise CheckpointError(f"config.json: {field} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise CheckpointError(f"config.json: {field} {value!r} is not a positive number")
-    return float(value)
+    for name in family.stated:
+        if name not in config:
+            raise CheckpointError(f"config.json: {name} is missing, and what it means then depends on the software")
+    fixed = {**_DECODER_FIXED, **family.fixed}
+    check_fixed(config, fixed)
+    if family.check is not None:
+        family.check(config)
+    check_fields(config, _DECODER_FIELDS | family.fields | fixed.keys())

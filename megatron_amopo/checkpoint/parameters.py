@@ -22,20 +22,6 @@ from dataclasses import dataclass
 
 import torch
 
-# The modules of a decoder layer in the order in which transformers defines them: its state dictionaries, and so the
-# shards of the folders that it saves, follow it.
-_HF_LAYER_ORDER = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-    "input_layernorm",
-    "post_attention_layernorm",
-)
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -114,13 +100,12 @@ def hf_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:
         for layer in parameter.layer_numbers
         for name, (_, shape) in zip(parameter.hf_names(layer), parameter.pieces, strict=True)
     }
+    # Modules in the table's order, with all of a layer's together; a module's weight comes before its bias.
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for parameter in table for name, _ in parameter.pieces))
+    inside = [module for module in modules if "{layer}" in module]
+    before = modules[: modules.index(inside[0])]
+    after = [module for module in modules if module not in {*before, *inside}]
     layers = max(parameter.layers or 0 for parameter in table)
-    modules = [f"model.layers.{layer}.{module}" for layer in range(layers) for module in _HF_LAYER_ORDER]
-    names = [
-        f"{module}.{kind}"
-        for module in ("model.embed_tokens", *modules, "model.norm", "lm_head")
-        for kind in ("weight", "bias")
-    ]
-    ordered = {name: shapes[name] for name in names if name in shapes}
-    assert len(ordered) == len(shapes), f"_HF_LAYER_ORDER lacks {sorted(set(shapes) - set(ordered))[0]}"
-    return ordered
+    repeated = [module.format(layer=layer) for layer in range(layers) for module in inside]
+    names = [f"{module}.{kind}" for module in (*before, *repeated, *after) for kind in ("weight", "bias")]
+    return {name: shapes[name] for name in names if name in shapes}

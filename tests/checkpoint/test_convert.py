@@ -266,7 +266,10 @@ def test_damaged_megatron_checkpoints(make_folder: MakeFolder, tmp_path: Path) -
             {"vocab_size": 152},
             r"embedding.word_embeddings.weight has shape \[151, 64\], but by config.json it has \[152",
         ),
-        ({"num_hidden_layers": 3, "layer_types": None}, r"has shape \[4, 64\], but by config.json it has \[3, 64\]"),
+        (
+            {"num_hidden_layers": 3, "layer_types": None},
+            r"has shape \[4, 96, 64\], but by config.json it has \[3, 96, 64\]",
+        ),
         ({"tie_word_embeddings": True}, "tensor output_layer.weight is not part of the model"),
     ],
 )
