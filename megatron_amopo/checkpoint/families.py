@@ -48,8 +48,8 @@ class Family:
     """Fields that must be there, null perhaps: for a missing one transformers puts in a number of its own."""
     default_rotary_base: int | None = None
     """The base where config.json states none; None refuses that."""
-    length_fields: tuple[str, ...] = ("max_position_embeddings",)
-    """The smallest of these, as far as they are set, is the longest sequence that the model takes here."""
+    length_fields: Mapping[str, str] = field(default_factory=lambda: {"max_position_embeddings": ""})
+    """The smallest of these, as far as they are set, is the longest sequence that the model takes here; and why."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     """Raises CheckpointError for a combination of fields that isn't supported."""
     ignored: tuple[IgnoredTensors, ...] = ()
@@ -58,10 +58,14 @@ class Family:
 
 @dataclass(frozen=True)
 class SequenceLimit:
-    """How many tokens a sequence may have, and the field of config.json that says so."""
+    """How many tokens a sequence may have, and the field of config.json that says so. As text, for messages."""
 
     tokens: int
     field: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.tokens} ({self.field} in config.json{self.why and ': '}{self.why})"
 
 
 _EMBEDDING = Rule("embedding.word_embeddings.weight", (Piece("model.embed_tokens.weight", "vocab"),), "hidden")
@@ -183,7 +187,7 @@ FAMILIES: Mapping[str, Family] = {
             _decoder(),
             fields=frozenset({"sliding_window"}),
             stated=("num_key_value_heads", "sliding_window"),
-            length_fields=("max_position_embeddings", "sliding_window"),
+            length_fields={"max_position_embeddings": "", "sliding_window": "only within it, full attention is exact"},
             ignored=(_ROTARY_BUFFERS,),
         ),
     )
@@ -229,9 +233,11 @@ def longest_sequence(hf_config: Mapping[str, Any]) -> SequenceLimit:
     Raises:
         CheckpointError: a field is missing or isn't a number.
     """
-    first, *others = family_of(hf_config).length_fields
-    limits = [SequenceLimit(whole_number(hf_config, first), first)]
-    limits += [SequenceLimit(whole_number(hf_config, f), f) for f in others if hf_config.get(f) is not None]
+    limits = [
+        SequenceLimit(whole_number(hf_config, name), name, why)
+        for name, why in family_of(hf_config).length_fields.items()
+        if name == "max_position_embeddings" or hf_config.get(name) is not None
+    ]
     return min(limits, key=lambda limit: limit.tokens)
 
 

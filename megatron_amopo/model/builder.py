@@ -48,13 +48,18 @@ class ModelShape:
     rope_scaling: Llama3Scaling | None = None
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], *, padded_vocab_size: int) -> "ModelShape":
-        """The shape that ``arguments`` (of :func:`megatron_amopo.checkpoint.families.megatron_arguments`) describe."""
+    def of(
+        cls, arguments: Mapping[str, Any], rope_scaling: Llama3Scaling | None, *, padded_vocab_size: int
+    ) -> "ModelShape":
+        """The shape that ``arguments`` and ``rope_scaling`` describe, both from the functions of these names in
+        ``checkpoint/families.py`` (``megatron_arguments``): Megatron's arguments can't say all of a scaling.
+        """
         return cls(
             padded_vocab_size=padded_vocab_size,
             max_position_embeddings=arguments["max_position_embeddings"],
             rotary_base=arguments["rotary_base"],
             tied_embeddings=not arguments["untie_embeddings_and_output_weights"],
+            rope_scaling=rope_scaling,
         )
 
 

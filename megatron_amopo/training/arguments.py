@@ -16,7 +16,7 @@ from typing import Any
 from megatron.training.arguments import parse_args, validate_args
 
 from megatron_amopo import device
-from megatron_amopo.checkpoint.families import megatron_arguments
+from megatron_amopo.checkpoint.families import longest_sequence, megatron_arguments, rope_scaling
 from megatron_amopo.checkpoint.hf import read_config
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
@@ -140,16 +140,18 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     check_before(args)
     checkpoint = check_checkpoint(args)
     hf_folder = checkpoint / "hf"
-    shape = megatron_arguments(read_config(hf_folder))
+    hf_config = read_config(hf_folder)
+    shape = megatron_arguments(hf_config)
     check_flags(args, flags, shape)
     _set_shape(args, shape, {flag.name: flag.default for flag in flags}, hf_folder)
     check_shape(args)
     check_outputs(args, checkpoint)
     groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
     check_tokenizer(groups.manifest, args.amopo_data, hf_folder, args.vocab_size)
-    check_data(groups, args.max_position_embeddings)
+    limit = longest_sequence(hf_config)
+    check_data(groups, limit)
     if (validation := open_validation(args.amopo_data, groups.dimensions)) is not None:
-        check_data(validation, args.max_position_embeddings)
+        check_data(validation, limit)
 
     data_parallel_size = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
     num_samples = _set_lengths(args, groups, data_parallel_size)
@@ -178,12 +180,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         dump_logps=args.amopo_dump_logps,
         head_chunk_rows=args.amopo_head_chunk_rows,
         vocab_size=args.vocab_size,
-        shape=ModelShape(
-            padded_vocab_size=args.padded_vocab_size,
-            max_position_embeddings=args.max_position_embeddings,
-            rotary_base=args.rotary_base,
-            tied_embeddings=not args.untie_embeddings_and_output_weights,
-        ),
+        shape=ModelShape.of(shape, rope_scaling(hf_config), padded_vocab_size=args.padded_vocab_size),
         hf_folder=hf_folder,
         data_sha256=groups.manifest.data_sha256,
     )

@@ -10,6 +10,7 @@ import math
 import os
 from pathlib import Path
 
+from megatron_amopo.checkpoint.families import SequenceLimit
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError, DataError
@@ -137,17 +138,17 @@ def check_tokenizer(manifest: Manifest, data: Path, hf_folder: Path, vocab_size:
         )
 
 
-def check_data(groups: PreparedGroups, max_position_embeddings: int) -> None:
+def check_data(groups: PreparedGroups, limit: SequenceLimit) -> None:
     """Whether there are records, and whether the model takes sequences as long as theirs."""
     if len(groups) == 0:
         raise DataError(f"{groups.folder / groups.split} has no records")
     longest = (groups.lengths[..., 0] + groups.lengths[..., 1:].max(-1)).max(-1)
     index = int(longest.argmax())
-    if longest[index] > max_position_embeddings:
+    if longest[index] > limit.tokens:
         raise DataError(
             f"{groups.folder / groups.split}: record {groups.record_ids[index]} ({groups.source(index)}) has a "
-            f"sequence of {longest[index]} tokens; the model takes {max_position_embeddings}. Prepare the data with "
-            f"--cutoff-len {max_position_embeddings}"
+            f"sequence of {longest[index]} tokens; the model takes {limit}. Prepare the data with "
+            f"--cutoff-len {limit.tokens}"
         )
 
 

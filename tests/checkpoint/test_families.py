@@ -236,6 +236,9 @@ def test_llama3_scaling(spelling: str) -> None:
 def test_a_window_limits_the_length() -> None:
     config = CONFIGS["mistral"]
     assert (longest_sequence(config).tokens, longest_sequence(config).field) == (32, "sliding_window")
+    assert str(longest_sequence(config)).endswith(
+        "sliding_window in config.json: only within it, full attention is exact)"
+    )
     assert megatron_arguments(config)["max_position_embeddings"] == 32
     for window in (None, 4096):
         limit = longest_sequence({**config, "sliding_window": window})

@@ -39,11 +39,12 @@ def packed_logps(
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 
     from megatron_amopo import device
-    from megatron_amopo.checkpoint.families import megatron_arguments
+    from megatron_amopo.checkpoint.families import megatron_arguments, rope_scaling
     from megatron_amopo.checkpoint.hf import read_config
     from megatron_amopo.model.builder import ModelShape, build_model, forward_logps, transformer_config
 
-    shape = megatron_arguments(read_config(mcore / "hf"))
+    hf_config = read_config(mcore / "hf")
+    shape = megatron_arguments(hf_config)
     with process_group():
         with device.pretended_cuda():
             parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
@@ -54,7 +55,7 @@ def packed_logps(
             )
             multiple = 128 * tp
             padded = -(-shape["vocab_size"] // multiple) * multiple
-            model = build_model(config, ModelShape.of(shape, padded_vocab_size=padded))
+            model = build_model(config, ModelShape.of(shape, rope_scaling(hf_config), padded_vocab_size=padded))
             state = model.sharded_state_dict()
             loaded = dist_checkpointing.load(
                 {k: v for k, v in state.items() if "_extra_state" not in k}, str(mcore / "release")
