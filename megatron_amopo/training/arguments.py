@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "calculate_per_token_loss": True,  # the "tokens" are groups: DESIGN §3.5
     "dataloader_type": "external",
+    "cp_comm_type": ["a2a"],  # what packed attention does, whatever Megatron's own attention would
     "rerun_mode": "disabled",  # its replay buffer would keep every micro-batch of a step
     "dist_ckpt_optim_fully_reshardable": True,  # resume under another layout
     "auto_detect_ckpt_format": True,
@@ -153,7 +154,9 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     if (validation := open_validation(args.amopo_data, groups.dimensions)) is not None:
         check_data(validation, limit)
 
-    data_parallel_size = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
+    data_parallel_size = args.world_size // (
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    )
     num_samples = _set_lengths(args, groups, data_parallel_size)
     try:
         validate_args(args)
@@ -213,7 +216,10 @@ def _set_shape(
 def _set_lengths(args: argparse.Namespace, groups: PreparedGroups, data_parallel_size: int) -> int | None:
     """Fill in what follows from the data: sequence length, iterations from epochs, iterations of a validation pass."""
     # Packed micro-batches have their own lengths; Megatron reads this one for its throughput estimate and checks.
-    args.seq_length = int((groups.lengths[..., 0] + groups.lengths[..., 1:].max(-1)).max())
+    longest = int((groups.lengths[..., 0] + groups.lengths[..., 1:].max(-1)).max())
+    # Under context parallelism it must be a multiple of this; rounded down, as it must not pass the model's positions.
+    multiple = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
+    args.seq_length = max(longest // multiple, 1) * multiple
     args.global_batch_size = args.global_batch_size or args.micro_batch_size * data_parallel_size
 
     num_samples = None

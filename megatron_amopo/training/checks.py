@@ -19,6 +19,7 @@ from megatron_amopo.errors import ConfigError, DataError
 _LEAST = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
     "micro_batch_size": 1,
     "global_batch_size": 1,
     "eval_micro_batch_size": 1,
@@ -57,13 +58,13 @@ def check_before(args: argparse.Namespace) -> None:
     if args.amopo_beta is not None and args.amopo_beta <= 0:
         raise ConfigError(f"--amopo-beta is {args.amopo_beta}; expected more than 0")
 
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    if args.world_size % (tp * pp):
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    if args.world_size % (tp * pp * cp):
         raise ConfigError(
             f"{args.world_size} rank(s) were started, which is not a multiple of --tensor-model-parallel-size {tp} × "
-            f"--pipeline-model-parallel-size {pp} = {tp * pp}"
+            f"--pipeline-model-parallel-size {pp} × --context-parallel-size {cp} = {tp * pp * cp}"
         )
-    dp = args.world_size // (tp * pp)
+    dp = args.world_size // (tp * pp * cp)
     for prefix in ("", "eval_"):
         global_batch = getattr(args, f"{prefix}global_batch_size")
         micro_batch = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
@@ -111,10 +112,16 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
 
 def check_shape(args: argparse.Namespace) -> None:
     """Whether the layout divides the model."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
     for what, count in (("attention heads", args.num_attention_heads), ("key-value heads", args.num_query_groups)):
         if count % tp:
             raise ConfigError(f"--tensor-model-parallel-size {tp} doesn't divide the model's {count} {what}")
+    if args.num_attention_heads // tp % cp:
+        of_rank = f" per tensor-parallel rank ({args.num_attention_heads} / {tp})" if tp > 1 else ""
+        raise ConfigError(
+            f"--context-parallel-size {cp} doesn't divide the model's {args.num_attention_heads // tp} attention heads"
+            f"{of_rank}, which context-parallel ranks share"
+        )
     if args.num_layers < pp:
         raise ConfigError(f"--pipeline-model-parallel-size {pp} is more than the model's {args.num_layers} layers")
 

@@ -59,7 +59,7 @@ def group_metrics(
         sums_KD = torch.where(batch.counted[:, None], values_KGD, 0.0).sum(1)
         count = batch.counted.sum().float()
         tokens = torch.where(batch.counted.any(), float(batch.num_tokens), 0.0)
-        response_tokens = torch.where(batch.counted.any(), float(batch.targets.numel()), 0.0)
+        response_tokens = torch.where(batch.counted.any(), batch.lengths.sum().float(), 0.0)
         total = torch.where(batch.counted, loss_G.detach().float(), 0.0).sum()
 
         metrics = {"loss": total, "tokens_per_record": tokens, "response_tokens_per_record": response_tokens}

@@ -3,19 +3,24 @@
 :class:`Step` is Megatron's ``forward_step_func``. Everything before it is planning (``data/batching.py``), everything
 after it is Megatron's: backward, reduction over micro-batches and ranks, optimizer.
 
-Shapes: G groups of the micro-batch, D dimensions, 2 sides (chosen, rejected), N response tokens.
+Shapes: G groups of the micro-batch, D dimensions, 2 sides (chosen, rejected), N response tokens, n of them predicted on
+this context-parallel rank.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from megatron.core import mpu
 from megatron.training import get_timers
 from torch import Tensor
 
 from megatron_amopo import device
 from megatron_amopo.data.batching import GroupBatch
 from megatron_amopo.model.builder import forward_logps
+from megatron_amopo.model.context_parallel import BatchPart, gather_logps, split_batch
 from megatron_amopo.objectives import amopo_loss, sft_loss
 from megatron_amopo.objectives.statistics import response_statistics
 from megatron_amopo.training.arguments import RunConfig
@@ -38,27 +43,40 @@ class Step:
     ) -> tuple[Tensor, Callable[[Tensor], LossAndMetrics]]:
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
-        batch = next(data_iterator).to(device.current_device())
+        cp_group = mpu.get_context_parallel_group()
+        part = split_batch(next(data_iterator), rank=cp_group.rank(), size=cp_group.size())
+        part = part.to(device.current_device())
         timer.stop()
-        output = forward_logps(model, batch, vocab_size=self.config.vocab_size, chunk_rows=self.config.head_chunk_rows)
+        output = forward_logps(
+            model, part.batch, vocab_size=self.config.vocab_size, chunk_rows=self.config.head_chunk_rows
+        )
         evaluated = None if model.training else self.evaluated
-        return output, partial(loss_and_metrics, batch, self.config, evaluated)
+        return output, partial(loss_and_metrics, part, cp_group, self.config, evaluated)
 
 
 def loss_and_metrics(
-    batch: GroupBatch, config: RunConfig, evaluated: EvaluatedResponses | None, logps: Tensor
+    part: BatchPart,
+    cp_group: dist.ProcessGroup,
+    config: RunConfig,
+    evaluated: EvaluatedResponses | None,
+    own_logps: Tensor,
 ) -> LossAndMetrics:
     """The last pipeline stage's loss: (sum over groups, number of groups, metrics).
 
     Megatron divides the gradient by the number of groups of the whole global batch (``--calculate-per-token-loss``),
-    which makes it the exact mean over groups however many each micro-batch holds.
+    which makes it the exact mean over groups however many each micro-batch holds. It sums gradients, numbers and
+    metrics over data and context parallelism alike: all context-parallel ranks compute the same loss, each for the
+    gradient of its own tokens, and the first of them reports the groups.
 
     Args:
-        batch: the micro-batch.
+        part: what this rank computes of the micro-batch.
+        cp_group: the context-parallel group.
         config: objective and names of dimensions.
         evaluated: collects each record's figures, or None.
-        logps: ``[N]`` of :func:`forward_logps`, differentiable.
+        own_logps: ``[n]`` of :func:`forward_logps`, differentiable.
     """
+    batch = part.batch
+    logps = gather_logps(own_logps, part, cp_group)
     stats = response_statistics(logps, batch.lengths)
     result = amopo_loss(
         stats.sum_logps,
@@ -76,7 +94,8 @@ def loss_and_metrics(
         loss_G = loss_G + config.ftx_gamma * sft_loss(stats.sum_logps, batch.lengths)
     loss_sum = torch.where(batch.counted, loss_G, 0.0).sum()
 
-    metrics = group_metrics(batch, config.dimensions, stats, result, loss_G)
+    reported = batch if cp_group.rank() == 0 else replace(batch, counted=torch.zeros_like(batch.counted))
+    metrics = group_metrics(reported, config.dimensions, stats, result, loss_G)
     if evaluated is not None:
-        evaluated.add(batch, stats)
-    return loss_sum, batch.counted.sum().int(), metrics
+        evaluated.add(reported, stats)
+    return loss_sum, reported.counted.sum().int(), metrics

@@ -17,6 +17,7 @@ _HEAD = "the fused head reads the output weight outside the layer that gathers i
 _LENGTHS = "packed micro-batches differ in length, and it needs one length"
 _SAMPLES = "the number of samples per step must be fixed"
 _VALIDATION = "a validation pass is always the whole validation set"
+_CONTEXT = "all context-parallel ranks hold equal parts of each micro-batch"
 _PRECISION = "it needs aligned token counts, which packing doesn't give yet"
 
 
@@ -31,7 +32,10 @@ class Unsupported:
 
 
 UNSUPPORTED = (
-    Unsupported("context_parallel_size", 1, "--context-parallel-size", "packed groups aren't split over ranks yet"),
+    Unsupported("cp_comm_type", ["a2a"], "--cp-comm-type", "packed attention exchanges heads, which is a2a"),
+    Unsupported("hierarchical_context_parallel_sizes", None, "--hierarchical-context-parallel-sizes", _CONTEXT),
+    Unsupported("hybrid_context_parallel", False, "--hybrid-context-parallel", _CONTEXT),
+    Unsupported("max_seqlen_per_dp_cp_rank", None, "--max-seqlen-per-dp-cp-rank", _CONTEXT),
     Unsupported("expert_model_parallel_size", 1, "--expert-model-parallel-size", "the models here have no experts"),
     Unsupported("num_experts", None, "--num-experts", "the models here have no experts"),
     Unsupported("mtp_num_layers", None, "--mtp-num-layers", "the objective is on the next token alone"),
@@ -76,11 +80,11 @@ MODEL_GROUPS = frozenset({"transformer configuration", "network size"})
 SUPPORTED_MODEL_FLAGS = frozenset(
     """
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split bf16 calculate_per_token_loss
-    config_logger_dir deterministic_mode disable_bf16_reduced_precision_matmul distribute_saved_activations
-    make_vocab_size_divisible_by microbatch_group_size_per_vp_stage overlap_p2p_comm_warmup_flush
-    perform_initialization pipeline_model_parallel_comm_backend pipeline_model_parallel_size recompute_granularity
-    recompute_method recompute_modules recompute_num_layers sequence_parallel tensor_model_parallel_size
-    transformer_impl use_cpu_initialization
+    config_logger_dir context_parallel_size deterministic_mode disable_bf16_reduced_precision_matmul
+    distribute_saved_activations make_vocab_size_divisible_by microbatch_group_size_per_vp_stage
+    overlap_p2p_comm_warmup_flush perform_initialization pipeline_model_parallel_comm_backend
+    pipeline_model_parallel_size recompute_granularity recompute_method recompute_modules recompute_num_layers
+    sequence_parallel tensor_model_parallel_size transformer_impl use_cpu_initialization
     """.split()  # noqa: SIM905
 )
 

@@ -110,10 +110,13 @@ def _datasets_provider(config: RunConfig) -> Callable[..., tuple]:
         args = get_args()
         train_groups = PreparedGroups.open(config.data, "train", config.dimensions)
         common = {
-            "dp_rank": mpu.get_data_parallel_rank(),
-            "dp_size": mpu.get_data_parallel_world_size(),
+            # All context-parallel ranks of a data-parallel rank read the same micro-batches and keep a part of each.
+            "dp_rank": mpu.get_data_parallel_rank(with_context_parallel=False),
+            "dp_size": mpu.get_data_parallel_world_size(with_context_parallel=False),
             "noise_seed": config.noise_seed,
-            "pad_to_multiple_of": args.tensor_model_parallel_size if args.sequence_parallel else 1,
+            # Context parallelism splits the tokens evenly, then sequence parallelism each rank's part.
+            "pad_to_multiple_of": args.context_parallel_size
+            * (args.tensor_model_parallel_size if args.sequence_parallel else 1),
         }
         train = MicroBatches(
             train_groups,
@@ -259,7 +262,10 @@ class _OurHooks:
         if metrics and (recorder := self._record()):
             recorder.validation(iteration, metrics, time.monotonic() - start)
         if self.evaluated is not None and mpu.is_pipeline_last_stage(ignore_virtual=True):
-            is_writer = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0
+            is_writer = (
+                mpu.get_tensor_model_parallel_rank() == 0
+                and mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+            )
             assert self.config.dump_logps is not None
             self.evaluated.write(self.config.dump_logps, mpu.get_data_parallel_group(), is_writer=is_writer)
 

@@ -12,7 +12,34 @@ from tests.support.jobs import parser_flags, refusal
 BASE = ["--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "2", "--lr", "1e-3"]
 
 FLAGS = {
-    "context parallelism": (["--context-parallel-size", "2"], 2, "--context-parallel-size is not supported"),
+    "context ring": (["--context-parallel-size", "2", "--cp-comm-type", "p2p"], 2, "--cp-comm-type is not supported"),
+    "context hierarchy": (
+        ["--context-parallel-size", "2", "--hierarchical-context-parallel-sizes", "2", "1"],
+        2,
+        "--hierarchical-context-parallel-sizes is not supported",
+    ),
+    "uneven context": (
+        ["--context-parallel-size", "2", "--hybrid-context-parallel"],
+        2,
+        "--hybrid-context-parallel is not supported",
+    ),
+    "no context": (["--context-parallel-size", "0"], 1, "--context-parallel-size is 0"),
+    "more ranks than context": (
+        ["--context-parallel-size", "2"],
+        3,
+        "3 rank(s) were started, which is not a multiple of --tensor-model-parallel-size 1 × "
+        "--pipeline-model-parallel-size 1 × --context-parallel-size 2 = 2",
+    ),
+    "heads over context": (
+        ["--context-parallel-size", "3"],
+        3,
+        "--context-parallel-size 3 doesn't divide the model's 4 attention heads",
+    ),
+    "heads over tensor and context": (
+        ["--tensor-model-parallel-size", "2", "--context-parallel-size", "4"],
+        8,
+        "--context-parallel-size 4 doesn't divide the model's 2 attention heads per tensor-parallel rank (4 / 2)",
+    ),
     "fp8": (["--fp8-format", "hybrid"], 1, "--fp8-format is not supported"),
     "fp16": (["--fp16"], 1, "--fp16 is not supported: use --bf16"),
     "dropout": (["--hidden-dropout", "0.1"], 1, "--hidden-dropout is not supported"),
