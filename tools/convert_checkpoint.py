@@ -14,7 +14,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_amopo.checkpoint.convert import DTYPES, Comparison, Conversion, hf_to_megatron, megatron_to_hf, verify
+from megatron_amopo.checkpoint.convert import DTYPES, ORIGINAL, Conversion, hf_to_megatron, megatron_to_hf
+from megatron_amopo.checkpoint.streaming import DEFAULT_WORKERS
+from megatron_amopo.checkpoint.verify import Comparison, verify
 from megatron_amopo.errors import AmopoError
 
 _NAMES_SHOWN = 20
@@ -23,23 +25,7 @@ _NAMES_SHOWN = 20
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        if options.command == "hf-to-megatron":
-            _say(hf_to_megatron(options.hf_dir, options.megatron_dir, force=options.force, progress=True))
-            return 0
-        if options.command == "megatron-to-hf":
-            _say(
-                megatron_to_hf(
-                    options.megatron_dir,
-                    options.hf_dir,
-                    iteration=options.iteration,
-                    dtype=options.dtype,
-                    max_shard_size=options.max_shard_size,
-                    force=options.force,
-                    progress=True,
-                )
-            )
-            return 0
-        return _compare(verify(options.hf_dir, options.megatron_dir, iteration=options.iteration, progress=True))
+        return options.run(options)
     except AmopoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,35 +33,116 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     to_megatron = commands.add_parser(
         "hf-to-megatron", help="write a Hugging Face folder's weights as a Megatron checkpoint"
     )
+    to_megatron.set_defaults(run=_to_megatron)
     to_megatron.add_argument("hf_dir", metavar="HF_DIR", help="folder with config.json and safetensors")
     to_megatron.add_argument("megatron_dir", metavar="MEGATRON_DIR", help="new folder; give it to training as --load")
     to_megatron.add_argument("--force", action="store_true", help="replace a Megatron checkpoint folder that exists")
+    _add_pickle(to_megatron)
+    _add_workers(to_megatron)
 
     to_hf = commands.add_parser("megatron-to-hf", help="write a Megatron checkpoint's weights as a Hugging Face folder")
+    to_hf.set_defaults(run=_to_hf)
     to_hf.add_argument("megatron_dir", metavar="MEGATRON_DIR", help="folder that training saved to")
     to_hf.add_argument("hf_dir", metavar="HF_DIR", help="new folder")
-    to_hf.add_argument("--iteration", type=int, help="which iteration (default: the newest)")
-    to_hf.add_argument("--dtype", choices=list(DTYPES), help="type of the weights (default: as they are stored)")
+    _add_iteration(to_hf)
+    to_hf.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=ORIGINAL,
+        help="type of the weights: as in the folder that was converted, as training stored them, or one for all "
+        "(default: %(default)s)",
+    )
     to_hf.add_argument("--max-shard-size", help="such as 5GB (default: files as in the folder that was converted)")
     to_hf.add_argument("--force", action="store_true", help="replace a Hugging Face model folder that exists")
+    _add_workers(to_hf)
 
     compare = commands.add_parser("verify", help="compare every tensor, bit by bit")
+    compare.set_defaults(run=_verify)
     compare.add_argument("hf_dir", metavar="HF_DIR")
     compare.add_argument("megatron_dir", metavar="MEGATRON_DIR")
-    compare.add_argument("--iteration", type=int, help="which iteration (default: the newest)")
+    _add_iteration(compare)
+    _add_pickle(compare)
+    _add_workers(compare)
     return parser
+
+
+def _add_iteration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--iteration", type=int, help="which iteration (default: the newest)")
+
+
+def _add_pickle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read pytorch_model.bin where there are no safetensors; no code in it is run",
+    )
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=DEFAULT_WORKERS,
+        help="threads; each needs up to half a gigabyte (default: %(default)s)",
+    )
+
+
+def _to_megatron(options: argparse.Namespace) -> int:
+    _say(
+        hf_to_megatron(
+            options.hf_dir,
+            options.megatron_dir,
+            allow_pickle=options.allow_pickle,
+            workers=options.workers,
+            force=options.force,
+            progress=True,
+        )
+    )
+    return 0
+
+
+def _to_hf(options: argparse.Namespace) -> int:
+    _say(
+        megatron_to_hf(
+            options.megatron_dir,
+            options.hf_dir,
+            iteration=options.iteration,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            workers=options.workers,
+            force=options.force,
+            progress=True,
+        )
+    )
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    return _compare(
+        verify(
+            options.hf_dir,
+            options.megatron_dir,
+            iteration=options.iteration,
+            allow_pickle=options.allow_pickle,
+            workers=options.workers,
+            progress=True,
+        )
+    )
 
 
 def _say(conversion: Conversion) -> None:
     for note in conversion.notes:
         print(f"note: {note}")
     kinds = ", ".join(conversion.dtypes)
-    print(f"{conversion.output}: {conversion.tensors} tensors, {conversion.parameters:,} parameters, {kinds}")
+    print(
+        f"{conversion.output}: {conversion.tensors} tensors, {conversion.parameters:,} parameters, {kinds}, "
+        f"{conversion.nbytes / 1e9:,.2f} GB in {conversion.seconds:.1f} s"
+    )
 
 
 def _compare(comparisons: Sequence[Comparison]) -> int:

@@ -1,173 +1,57 @@
-"""Megatron's `torch_dist` checkpoints in and out, without a model and without a process group.
+"""Megatron's `torch_dist` checkpoints, read without a model and without a process group.
 
 A `torch_dist` checkpoint is a torch.distributed.checkpoint (DCP) folder: data files, `.metadata` that says which file
 holds which part of which tensor, and Megatron's `metadata.json` that names the format. Beside it lie the other
 iterations, and above them `latest_checkpointed_iteration.txt`. Megatron stores what isn't a tensor as pickled objects
 under `name/shard_<place>_<places>`.
 
-`write_checkpoint` plans all parts from the table of parameters and asks for each tensor when it is written.
 `MegatronCheckpoint` reads the model's tensors of any checkpoint that Megatron saved, whatever TP, PP, DP and optimizer
-it was saved with.
+it was saved with, some rows at a time. `megatron_writer.py` writes such a checkpoint.
 
 DCP's metadata and Megatron's objects are pickles, which run code when read: open only checkpoints that you trust.
 """
 
 from __future__ import annotations
 
-import argparse
-import io
+import dataclasses
 import json
 import pickle
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_amopo.checkpoint.parameters import Parameter
+from megatron_amopo.checkpoint.tensor_files import StoredTensor, TensorInfo, saved_tensor
 from megatron_amopo.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_RELEASE = "release"
-_FORMAT = "metadata.json"
+RELEASE = "release"
+FORMAT = "metadata.json"
 _DCP_METADATA = ".metadata"
-# Version 3 orders linear_qkv's rows by query group; Megatron reorders those of older checkpoints.
-_CHECKPOINT_VERSION = 3.0
 _OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 
-Source = Callable[[Parameter, int | None], torch.Tensor]
-"""Gives one layer's tensor of a parameter (layer None where it exists once), of shape Parameter.shape."""
 
-
-def write_checkpoint(
-    folder: Path,
-    table: Sequence[Parameter],
-    dtypes: Mapping[str, torch.dtype],
-    arguments: Mapping[str, Any],
-    source: Source,
-) -> None:
-    """Write a checkpoint that Megatron loads as a pretrained one ("release"): weights only, training starts at
-    iteration 0.
-
-    Args:
-        folder: exists; gets `release/` and the tracker file. The vocabulary is written without padding, since
-            Megatron's loader fills padded rows with zeros.
-        table: the model's parameters.
-        dtypes: Megatron name -> type of the parameter.
-        arguments: Megatron arguments of the shape, stored for `--use-checkpoint-args` and for Megatron's checks.
-        source: called once for each part, when it is written.
-    """
-    release = folder / _RELEASE
-    release.mkdir()
-    # Weights alone: the loader must look for nothing of an optimizer or of random generators.
-    common = {
-        "args": argparse.Namespace(
-            **arguments,
-            tensor_model_parallel_size=1,
-            pipeline_model_parallel_size=1,
-            no_save_optim=True,
-            no_save_rng=True,
-        ),
-        "checkpoint_version": _CHECKPOINT_VERSION,
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-    }
-    objects: dict[str, object] = {"common_state/shard_0_1": common}
-    for module, layers in _modules_with_extra_state(table):
-        for place in range(layers or 1):
-            objects[f"{module}._extra_state/shard_{place}_{layers or 1}"] = None
-    planner = _WritePlanner(table, dtypes, objects, source)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.save({}, storage_writer=dcp.FileSystemWriter(release), planner=planner, no_dist=True)
-        except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from error
-    (release / _FORMAT).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    (folder / TRACKER).write_text(_RELEASE)
-
-
-def _modules_with_extra_state(table: Sequence[Parameter]) -> list[tuple[str, int | None]]:
-    """Modules whose `_extra_state` Megatron's loader asks for, and how many layers have it.
-
-    The loader fails on an object that it asks for and doesn't find. Transformer Engine's layers ask for their FP8
-    state; the linear layers of the local specification ask, too, and save None, which is what both read as "nothing to
-    restore". Objects that nobody asks for do no harm. Embedding and output layer have none.
-    """
-    modules = dict.fromkeys((parameter.megatron.rpartition(".")[0], parameter.layers) for parameter in table)
-    layers = max(parameter.layers or 0 for parameter in table)
-    inside = [(module, count) for module, count in modules if module.startswith("decoder.")]
-    return [*inside, ("decoder.layers.self_attention.core_attention", layers)]
-
-
-class _WritePlanner(dcp.DefaultSavePlanner):
-    """Plans one chunk for each layer of each parameter, and gets its tensor when the writer comes to it."""
-
-    def __init__(
-        self,
-        table: Sequence[Parameter],
-        dtypes: Mapping[str, torch.dtype],
-        objects: Mapping[str, object],
-        source: Source,
-    ) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._source = source
-        self._objects = objects
-        self._parts: dict[MetadataIndex, tuple[Parameter, int | None]] = {}
-        self._items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]
-        for parameter in table:
-            properties = TensorProperties(dtype=dtypes[parameter.megatron])
-            for layer in parameter.layer_numbers:
-                chunk = _chunk(parameter, layer)
-                index = MetadataIndex(parameter.megatron, chunk.offsets)
-                data = TensorWriteData(chunk, properties, torch.Size(parameter.stored_shape))
-                self._items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-                self._parts[index] = (parameter, layer)
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(self._items)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            stream = io.BytesIO()
-            # Megatron packs an object into a list of those that share the key.
-            torch.save([self._objects[write_item.index.fqn]], stream)
-            return stream
-        parameter, layer = self._parts[write_item.index]
-        return self._source(parameter, layer).reshape(_chunk(parameter, layer).sizes)
-
-
-def _chunk(parameter: Parameter, layer: int | None) -> ChunkStorageMetadata:
-    """Place of one layer's tensor in the stored one."""
+def chunk(parameter: Parameter, layer: int | None, first_row: int, rows: int) -> ChunkStorageMetadata:
+    """Place of some rows of one layer's tensor in the stored one."""
     front = () if layer is None else (layer,)
     return ChunkStorageMetadata(
-        offsets=torch.Size((*front, *(0 for _ in parameter.shape))),
-        sizes=torch.Size((*(1 for _ in front), *parameter.shape)),
+        offsets=torch.Size((*front, first_row, *(0 for _ in parameter.shape[1:]))),
+        sizes=torch.Size((*(1 for _ in front), rows, *parameter.shape[1:])),
     )
 
 
 class MegatronCheckpoint:
-    """One iteration of a Megatron checkpoint folder, opened for reading the model's tensors.
+    """One iteration of a Megatron checkpoint folder, opened for reading the model's tensors, from any thread.
 
     Attributes:
         path: the iteration's folder (`iter_0000100`, `release`).
@@ -181,6 +65,8 @@ class MegatronCheckpoint:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._reader = reader
+        self._places: dict[MetadataIndex, StoredTensor | None] = {}
+        self._by_layer: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
 
     @classmethod
     def open(cls, folder: str | Path, iteration: int | None = None) -> MegatronCheckpoint:
@@ -199,7 +85,7 @@ class MegatronCheckpoint:
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         return cls(path, metadata, reader)
 
-    def check(self, table: Sequence[Parameter]) -> None:
+    def check(self, table: tuple[Parameter, ...]) -> None:
         """Compare names and shapes with the model's.
 
         Raises:
@@ -226,41 +112,92 @@ class MegatronCheckpoint:
         """Type in which the parameter is stored."""
         return self._tensors[parameter.megatron].properties.dtype
 
-    def read(self, parameter: Parameter, layer: int | None) -> torch.Tensor:
-        """One layer's tensor (layer None for a parameter that exists once), `parameter.shape`, without padded rows.
+    def read(
+        self, parameter: Parameter, layer: int | None, first_row: int = 0, rows: int | None = None
+    ) -> torch.Tensor:
+        """Some rows, by default all, of one layer's tensor (layer None for a parameter that exists once), [rows, ...],
+        without those of padding.
 
         Raises:
-            CheckpointError: a data file is missing or damaged, or the stored parts don't cover the tensor.
+            CheckpointError: a data file is missing or damaged, or the stored chunks don't cover the rows.
         """
+        rows = parameter.shape[0] - first_row if rows is None else rows
         entry = self._tensors[parameter.megatron]
-        wanted = _chunk(parameter, layer)
-        items = create_read_items_for_chunk_list(parameter.megatron, entry, [wanted])
+        wanted = chunk(parameter, layer, first_row, rows)
+        where = f"{self.path}: tensor {parameter.megatron}" + ("" if layer is None else f", layer {layer}")
+        nearby = dataclasses.replace(entry, chunks=self._chunks(parameter, layer))
+        items = create_read_items_for_chunk_list(parameter.megatron, nearby, [wanted])
         if sum(item.lengths.numel() for item in items) != wanted.sizes.numel():
-            raise CheckpointError(
-                f"{self.path}: tensor {parameter.megatron}: the stored parts don't cover layer {layer}"
-            )
+            raise CheckpointError(f"{where}: the stored chunks don't cover rows {first_row} to {first_row + rows}")
         target = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
+        sizes = {MetadataIndex(parameter.megatron, stored.offsets): stored.sizes for stored in nearby.chunks}
         try:
-            self._reader.read_data(LoadPlan(items), _ReadPlanner(target)).wait()
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            where = f"tensor {parameter.megatron}" + ("" if layer is None else f", layer {layer}")
-            raise CheckpointError(f"{self.path}: {where} can't be read: {error}") from error
-        return target.reshape(parameter.shape)
+            for item in items:
+                self._read_item(item, sizes[item.storage_index], target, row_axis=0 if layer is None else 1)
+        except (CheckpointError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{where} can't be read: {error}") from error
+        return target.reshape(rows, *parameter.shape[1:])
+
+    def _chunks(self, parameter: Parameter, layer: int | None) -> list[ChunkStorageMetadata]:
+        """The stored chunks of one layer: a search through those of all layers would be done for every part."""
+        entry = self._tensors[parameter.megatron]
+        if layer is None:
+            return entry.chunks
+        if parameter.megatron not in self._by_layer:
+            by_layer = defaultdict(list)
+            for stored in entry.chunks:
+                for number in range(stored.offsets[0], stored.offsets[0] + stored.sizes[0]):
+                    by_layer[number].append(stored)
+            self._by_layer[parameter.megatron] = by_layer
+        return self._by_layer[parameter.megatron].get(layer, [])
+
+    def _read_item(self, item: ReadItem, sizes: torch.Size, target: torch.Tensor, row_axis: int) -> None:
+        """Copy what one stored chunk has of the wanted rows into its place in `target`."""
+        place = target[_slices(item)]
+        stored = self._place(item.storage_index, sizes, target.dtype)
+        whole_rows = all(item.lengths[axis] == sizes[axis] for axis in range(target.dim()) if axis != row_axis)
+        if stored is None or not whole_rows:
+            self._reader.read_data(LoadPlan([item]), _LoadPlanner(place)).wait()
+            return
+        rows = place.view(place.shape[row_axis:]) if place.is_contiguous() else place.new_empty(place.shape[row_axis:])
+        dataclasses.replace(stored, info=TensorInfo(target.dtype, tuple(sizes[row_axis:]))).read_into(
+            rows, item.storage_offsets[row_axis]
+        )
+        if not place.is_contiguous():
+            place.copy_(rows.view(place.shape))
+
+    def _place(self, index: MetadataIndex, sizes: torch.Size, dtype: torch.dtype) -> StoredTensor | None:
+        """Where a stored chunk's numbers lie; None where DCP's reader must load the whole chunk."""
+        if index not in self._places:
+            entry = self._reader.storage_data[index]
+            stored = None
+            if not entry.transform_descriptors:  # compressed, for instance
+                stored = saved_tensor(self.path / entry.relative_path, entry.offset, entry.length)
+            if stored is not None and stored.info != TensorInfo(dtype, tuple(sizes)):
+                raise CheckpointError(
+                    f"{stored.path} holds {stored.info.dtype} {list(stored.info.shape)} "
+                    f"where {_DCP_METADATA} says {dtype} {list(sizes)}"
+                )
+            self._places[index] = stored
+        return self._places[index]
 
 
-class _ReadPlanner(dcp.DefaultLoadPlanner):
-    """Puts the parts that the reader brings into their places in one tensor."""
+def _slices(item: ReadItem) -> tuple[slice, ...]:
+    return tuple(slice(at, at + count) for at, count in zip(item.dest_offsets, item.lengths, strict=True))
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Puts what DCP's reader brings into one tensor."""
 
     def __init__(self, target: torch.Tensor) -> None:
         super().__init__()
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        place = tuple(slice(at, at + n) for at, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))
-        return self._target[place]
+        return self._target
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing to do: `resolve_tensor` gave a view."""
+        """Nothing to do: `resolve_tensor` gave the tensor itself."""
 
 
 def _iteration_folder(folder: Path, iteration: int | None) -> Path:
@@ -274,14 +211,14 @@ def _iteration_folder(folder: Path, iteration: int | None) -> Path:
         return path
     tracker = folder / TRACKER
     if not tracker.is_file():
-        if (folder / _FORMAT).is_file():
+        if (folder / FORMAT).is_file():
             raise CheckpointError(f"{folder}: this is one iteration; give the folder above it")
         hint = "; choose one with --iteration" if any(folder.glob("iter_*")) else ""
         raise CheckpointError(f"{folder}: no checkpoint here (no {TRACKER}){hint}")
     newest = tracker.read_text(encoding="utf-8").strip()
-    if newest != _RELEASE and not newest.isdecimal():
-        raise CheckpointError(f"{tracker}: {newest!r} is neither an iteration nor '{_RELEASE}'")
-    path = folder / (_RELEASE if newest == _RELEASE else f"iter_{int(newest):07d}")
+    if newest != RELEASE and not newest.isdecimal():
+        raise CheckpointError(f"{tracker}: {newest!r} is neither an iteration nor '{RELEASE}'")
+    path = folder / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")
     if not path.is_dir():
         raise CheckpointError(f"{tracker} names {newest}, but {path} does not exist")
     return path
@@ -289,12 +226,12 @@ def _iteration_folder(folder: Path, iteration: int | None) -> Path:
 
 def _check_format(path: Path) -> None:
     """Refuse what isn't a `torch_dist` checkpoint."""
-    if not (path / _FORMAT).is_file():
-        raise CheckpointError(f"{path}: no {_FORMAT}: not a torch_dist checkpoint (save with --ckpt-format torch_dist)")
+    if not (path / FORMAT).is_file():
+        raise CheckpointError(f"{path}: no {FORMAT}: not a torch_dist checkpoint (save with --ckpt-format torch_dist)")
     try:
-        backend = json.loads((path / _FORMAT).read_text(encoding="utf-8"))["sharded_backend"]
+        backend = json.loads((path / FORMAT).read_text(encoding="utf-8"))["sharded_backend"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / _FORMAT}: can't be read: {error!r}") from error
+        raise CheckpointError(f"{path / FORMAT}: can't be read: {error!r}") from error
     if backend != "torch_dist":
         raise CheckpointError(
             f"{path}: the format is {backend}; only torch_dist is read (save with --ckpt-format torch_dist)"

@@ -12,12 +12,16 @@ Layers are stacked: `decoder.layers.mlp.linear_fc2.weight` is [L, H, F], as Mega
 and the norms in front of linear_qkv and linear_fc1 carry the names that Transformer Engine's fused layers give them,
 whichever layer specification runs.
 
+A *part* is what is read, converted and written at a time: some rows of one layer's Megatron tensor. Pieces that merely
+follow one another are cut apart, as Megatron itself stores gate and up; query, key and value are cut between groups.
+So a part is as small as one wants, whatever the size of the model.
+
 Which rules a model has is in `families.py`. Nothing here touches a file or a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,19 +81,72 @@ class Parameter:
         """Names of the pieces in `layer` (None for a parameter that exists once)."""
         return tuple(name.format(layer=layer) for name, _ in self.pieces)
 
+    def parts(self, most_numbers: int) -> Iterator[Part]:
+        """All layers' rows, in order, in parts of at most `most_numbers` numbers, or of one row or group."""
+        together = [self.pieces] if self.blocks > 1 else [(piece,) for piece in self.pieces]
+        row_size = torch.Size(self.shape[1:]).numel()
+        for layer in self.layer_numbers:
+            first_row = 0
+            for pieces in together:
+                # What isn't cut: a group with the rows of all its pieces; a row, where there is one piece.
+                units = self.blocks if len(pieces) > 1 else pieces[0][1][0]
+                unit_rows = [shape[0] // units for _, shape in pieces]
+                step = max(1, most_numbers // (sum(unit_rows) * row_size))
+                for start in range(0, units, step):
+                    count = min(step, units - start)
+                    rows = tuple(
+                        Rows(name.format(layer=layer), start * height, count * height)
+                        for (name, _), height in zip(pieces, unit_rows, strict=True)
+                    )
+                    yield Part(self, layer, first_row, count, rows)
+                    first_row += count * sum(unit_rows)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of one Hugging Face tensor."""
+
+    name: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one layer's Megatron tensor, and the Hugging Face rows that they are made of."""
+
+    parameter: Parameter
+    layer: int | None
+    first_row: int
+    """In the layer's Megatron tensor."""
+    blocks: int
+    """Blocks into which the rows of each piece are cut."""
+    pieces: tuple[Rows, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the Megatron rows: [rows, columns] or [rows]."""
+        return (sum(piece.count for piece in self.pieces), *self.parameter.shape[1:])
+
+    @property
+    def numbers(self) -> int:
+        return torch.Size(self.shape).numel()
+
     def join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One layer's Megatron tensor, `shape`, from its Hugging Face pieces."""
+        """The Megatron rows, `shape`, from the rows of the Hugging Face tensors."""
         if len(pieces) == 1:
-            return pieces[0].contiguous()
-        columns = self.shape[1:]
-        blocks = [piece.reshape(self.blocks, -1, *columns) for piece in pieces]
+            return pieces[0]
+        blocks = [piece.reshape(self.blocks, -1, *self.shape[1:]) for piece in pieces]
         return torch.cat(blocks, dim=1).reshape(self.shape)
 
     def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The Hugging Face pieces, contiguous, of one layer's Megatron tensor: the inverse of `join`."""
-        rows = [shape[0] // self.blocks for _, shape in self.pieces]
-        parts = tensor.reshape(self.blocks, sum(rows), *self.shape[1:]).split(rows, dim=1)
-        return tuple(part.reshape(shape).contiguous() for part, (_, shape) in zip(parts, self.pieces, strict=True))
+        """The Hugging Face rows, contiguous, from the Megatron rows: the inverse of `join`."""
+        heights = [piece.count // self.blocks for piece in self.pieces]
+        cut = tensor.reshape(self.blocks, sum(heights), *self.shape[1:]).split(heights, dim=1)
+        return tuple(
+            blocks.reshape(piece.count, *self.shape[1:]).contiguous()
+            for blocks, piece in zip(cut, self.pieces, strict=True)
+        )
 
 
 def hf_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""There and back byte for byte, what is refused, and that a conversion which fails leaves nothing behind."""
+"""What a conversion carries, converts and says; what it refuses; and that one which fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -10,44 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_amopo.checkpoint import convert
-from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify
+from megatron_amopo.checkpoint import hf_writer, output_folder, tensor_files
+from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_amopo.checkpoint.verify import verify
 from megatron_amopo.errors import CheckpointError
-from tests.support.checkpoints import LAYERS, VOCABULARY, MakeFolder, all_files, edit_config, load_tensors
+from tests.support.checkpoints import VOCABULARY, MakeFolder, all_files, edit_config, load_tensors
 from tools import convert_checkpoint
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_round_trip_is_byte_identical(
-    make_folder: MakeFolder, tmp_path: Path, tied: bool, dtype: torch.dtype, shards: int
-) -> None:
-    size = dtype.itemsize * 50_000 if shards == 3 else 10**9
-    original = make_folder(tied=tied, dtype=dtype, max_shard_size=size)
-    assert len(list(original.glob("*.safetensors"))) == shards
-    done = hf_to_megatron(original, tmp_path / "megatron")
-    assert done.tensors == 12 * LAYERS + (2 if tied else 3)
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
-    assert all_files(tmp_path / "back") == all_files(original)
-    # The same with the files planned from --max-shard-size instead of the index that was kept.
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "planned", max_shard_size=size)
-    assert all_files(tmp_path / "planned") == all_files(original)
-    assert not any(row.differing for row in verify(original, tmp_path / "megatron"))
-
-
-def test_transformers_loads_the_export(make_folder: MakeFolder, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    original = make_folder(tied=True, max_shard_size="150KB")
-    hf_to_megatron(original, tmp_path / "megatron")
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_size="1GB")
-    ids = torch.arange(40).reshape(2, 20)
-    with torch.no_grad():
-        expected, actual = (
-            AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits for folder in (original, tmp_path / "back")
-        )
-    assert torch.equal(actual, expected)
 
 
 def test_the_checkpoint_carries_tokenizer_and_template_but_no_code(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -55,7 +23,13 @@ def test_the_checkpoint_carries_tokenizer_and_template_but_no_code(make_folder: 
     (original / "modeling_own.py").write_text("print('run')")
     hf_to_megatron(original, tmp_path / "megatron")
     carried = {path.name for path in (tmp_path / "megatron" / "hf").iterdir()}
-    assert carried == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert carried == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "weights.json",
+    }
 
 
 @pytest.mark.parametrize(("spelling", "other"), [("dtype", "torch_dtype"), ("torch_dtype", "dtype")])
@@ -74,23 +48,95 @@ def test_dtype_converts_weights_and_config(make_folder: MakeFolder, tmp_path: Pa
     assert {(row.hf_dtype, row.megatron_dtype, row.differing) for row in rows} == {("bfloat16", "float32", ())}
 
 
-def test_config_says_the_stored_type(make_folder: MakeFolder, tmp_path: Path) -> None:
-    """As after training in float32 from a bfloat16 model: transformers loads in the type that config.json says."""
-    original = make_folder()
-    edit_config(original, dtype="bfloat16")
+def retype(megatron: Path, dtype: torch.dtype) -> None:
+    """Make the checkpoint one that training in another precision saved: its weights in `dtype`, `hf/` as it was."""
+    other = megatron.with_name("retyped")
+    megatron_to_hf(megatron, other, dtype=str(dtype).removeprefix("torch."))
+    hf_to_megatron(other, megatron.with_name("retyped-megatron"))
+    shutil.rmtree(megatron / "release")
+    (megatron.with_name("retyped-megatron") / "release").rename(megatron / "release")
+
+
+def test_original_types_and_files_come_back_after_training_in_another_precision(
+    make_folder: MakeFolder, small_parts: None, tmp_path: Path
+) -> None:
+    original = make_folder(dtype=torch.bfloat16, max_shard_size="100KB")
     hf_to_megatron(original, tmp_path / "megatron")
+    retype(tmp_path / "megatron", torch.float32)
     done = megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
+    assert (done.dtypes, done.notes) == (("bfloat16",), ())
+    assert all_files(tmp_path / "back") == all_files(original)
+
+
+def test_stored_types_on_demand_and_where_there_is_no_record(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """transformers loads in the type that config.json says, so it says what the weights are."""
+    original, megatron = make_folder(dtype=torch.bfloat16, max_shard_size="100KB"), tmp_path / "megatron"
+    hf_to_megatron(original, megatron)
+    retype(megatron, torch.float32)
+    done = megatron_to_hf(megatron, tmp_path / "stored", dtype="stored")
+    assert done.dtypes == ("float32",)
     assert done.notes == ("config.json says float32 now, as the weights are (bfloat16 before)",)
+    assert json.loads((tmp_path / "stored" / "config.json").read_text())["dtype"] == "float32"
+    files = {path.name for path in original.glob("*.safetensors")}
+    assert {path.name for path in (tmp_path / "stored").glob("*.safetensors")} == files
+
+    (megatron / "hf" / "weights.json").unlink()
+    assert megatron_to_hf(megatron, tmp_path / "unrecorded").dtypes == ("float32",)
+    assert [path.name for path in (tmp_path / "unrecorded").glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_a_tied_copy_is_dropped_when_it_is_one(make_folder: MakeFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "not a record of weights"),
+        ('{"index_facts": [], "tensors": {"a": {"dtype": "int8", "file": "b"}}}', "not a record of weights"),
+        ('{"index_facts": [], "tensors": {"a": {"dtype": "float32", "file": "../b"}}}', "is not the name of a file"),
+        (
+            '{"index_facts": [], "tensors": {"a": {"dtype": "float32", "file": "b"}}}',
+            "tensor a is not part of the model",
+        ),
+        ('{"index_facts": [], "tensors": {}}', "tensor lm_head.weight is missing"),
+    ],
+)
+def test_damaged_record(make_folder: MakeFolder, tmp_path: Path, content: str, message: str) -> None:
+    hf_to_megatron(make_folder(), tmp_path / "megatron")
+    (tmp_path / "megatron" / "hf" / "weights.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"hf/weights\.json: .*{message}"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_numbers_that_are_none_get_a_warning(
+    make_folder: MakeFolder, small_parts: None, tmp_path: Path, bad: float
+) -> None:
+    """On either way, by name; the bytes pass through as they are."""
+    original = make_folder()
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.norm.weight"):
+        tensor = load_tensors(original)[name]
+        tensor[-1] = bad
+        spoil(original, name, tensor)
+    expected = ("warning: NaN or infinite numbers in model.layers.1.self_attn.k_proj.weight and 1 more",)
+    assert hf_to_megatron(original, tmp_path / "megatron").notes == expected
+    assert megatron_to_hf(tmp_path / "megatron", tmp_path / "back").notes == expected
+    assert all_files(tmp_path / "back") == all_files(original)
+    assert not any(row.differing for row in verify(original, tmp_path / "megatron"))
+
+
+def test_numbers_too_large_for_the_type_get_a_warning(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original = make_folder()
+    spoil(original, "model.norm.weight", torch.full((64,), 1e5))
+    assert hf_to_megatron(original, tmp_path / "megatron").notes == ()
+    done = megatron_to_hf(tmp_path / "megatron", tmp_path / "half", dtype="float16")
+    assert "warning: NaN or infinite numbers in model.norm.weight" in done.notes
+
+
+def test_a_tied_copy_is_dropped_when_it_is_one(make_folder: MakeFolder, small_parts: None, tmp_path: Path) -> None:
     original = make_folder(tied=True)
     tensors = load_tensors(original)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
     assert "lm_head.weight equals" in hf_to_megatron(original, tmp_path / "megatron").notes[0]
-    tensors["lm_head.weight"][0, 0] += 1
+    tensors["lm_head.weight"][-1, 0] += 1
     save_file(tensors, original / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         hf_to_megatron(original, tmp_path / "other")
@@ -185,10 +231,10 @@ def test_a_failed_conversion_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert.hf.HfFolder, "read", disk_full)
+        patch.setattr(tensor_files.StoredTensor, "read", disk_full)
         with pytest.raises(CheckpointError, match=r"megatron: can't be written: .*No space left"):
             hf_to_megatron(original, megatron, force=True)
-    monkeypatch.setattr(convert.hf.HfWriter, "write", disk_full)
+    monkeypatch.setattr(hf_writer.HfWriter, "write", disk_full)
     with pytest.raises(CheckpointError, match=r"back: can't be written: .*No space left"):
         megatron_to_hf(megatron, tmp_path / "back")
     assert all_files(tmp_path) == before
@@ -196,7 +242,7 @@ def test_a_failed_conversion_leaves_nothing(
 
 def test_too_little_room_on_the_disk(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = make_folder()
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(CheckpointError, match=r"0\.1 GiB are needed, 0\.0 GiB are free"):
         hf_to_megatron(original, tmp_path / "megatron")
 

@@ -190,30 +190,6 @@ def test_a_window_that_no_layer_uses_is_accepted() -> None:
     assert megatron_arguments({**CONFIG, "use_sliding_window": True, "sliding_window": None})
 
 
-@pytest.mark.parametrize("what", ["weight", "bias"])
-def test_qkv_rows_against_a_plain_reference(what: str) -> None:
-    """For each group: its four query heads, its key head, its value head, eight rows each."""
-    columns = (64,) if what == "weight" else ()
-    q, k, v = torch.randn(64, *columns), torch.randn(16, *columns), torch.randn(16, *columns)
-    rows = []
-    for group in range(2):
-        for head in range(4):
-            for row in range(8):
-                rows.append(q[(group * 4 + head) * 8 + row])
-        rows += [k[group * 8 + row] for row in range(8)]
-        rows += [v[group * 8 + row] for row in range(8)]
-    qkv = parameter(f"linear_qkv.{what}")
-    assert torch.equal(qkv.join([q, k, v]), torch.stack(rows))
-    assert all(torch.equal(back, piece) for back, piece in zip(qkv.split(torch.stack(rows)), (q, k, v), strict=True))
-
-
-def test_gate_stands_before_up() -> None:
-    gate, up = torch.randn(96, 64), torch.randn(96, 64)
-    fc1 = parameter("linear_fc1.weight")
-    assert fc1.hf_names(2) == ("model.layers.2.mlp.gate_proj.weight", "model.layers.2.mlp.up_proj.weight")
-    assert torch.equal(fc1.join([gate, up]), torch.cat([gate, up]))
-
-
 def test_norms_of_queries_and_keys() -> None:
     """One scale for each of a head's 16 channels, in every layer; not of the hidden size."""
     for letter in "qk":

@@ -1,4 +1,4 @@
-"""Safetensors folders: what we write equals what the libraries write, and what is damaged is refused."""
+"""Hugging Face folders: what we write equals what the libraries write, and what is damaged is refused."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_amopo.checkpoint import hf
+from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_amopo.checkpoint.hf_writer import FilePlan, HfWriter, plan_files
+from megatron_amopo.checkpoint.record import read_record, write_record
+from megatron_amopo.checkpoint.tensor_files import TensorInfo
+from megatron_amopo.checkpoint.verify import verify
 from megatron_amopo.errors import CheckpointError
 from tests.support.checkpoints import MakeFolder, all_files, load_tensors
 
 
-def info(tensor: torch.Tensor) -> hf.TensorInfo:
-    return hf.TensorInfo(tensor.dtype, tuple(tensor.shape))
+def info(tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
 
 def test_a_file_written_in_any_order_equals_the_librarys(tmp_path: Path) -> None:
@@ -26,10 +31,12 @@ def test_a_file_written_in_any_order_equals_the_librarys(tmp_path: Path) -> None
         "lm_head": torch.randn(4, 4).to(torch.bfloat16),
     }
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    plan = hf.FilePlan(dict.fromkeys(tensors, "ours.safetensors"))
-    with hf.HfWriter(tmp_path, {name: info(tensor) for name, tensor in tensors.items()}, plan) as writer:
+    plan = FilePlan(dict.fromkeys(tensors, "ours.safetensors"))
+    with HfWriter(tmp_path, {name: info(tensor) for name, tensor in tensors.items()}, plan) as writer:
         for name in reversed(tensors):
-            writer.write(name, tensors[name])
+            writer.write(name, tensors[name][1:], first_row=1)
+            writer.write(name, tensors[name][:1])
+        assert [path.name for path in tmp_path.glob("ours*")] == ["ours.safetensors.partial"]
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
@@ -41,31 +48,70 @@ def test_shards_are_those_of_save_pretrained(make_folder: MakeFolder, tmp_path: 
     original = make_folder(max_shard_size=max_shard_size)
     tensors = load_tensors(original)
     shapes = hf_shapes(parameter_table(hf.read_config(original)))
-    infos = {name: hf.TensorInfo(torch.float32, shape) for name, shape in shapes.items()}
+    infos = {name: TensorInfo(torch.float32, shape) for name, shape in shapes.items()}
     copy = tmp_path / "copy"
     copy.mkdir()
-    with hf.HfWriter(copy, infos, hf.plan_files(infos, max_shard_size)) as writer:
+    with HfWriter(copy, infos, plan_files(infos, max_shard_size)) as writer:
         for name in infos:
             writer.write(name, tensors[name])
     weights = {name: content for name, content in all_files(original).items() if name.startswith("model")}
     assert all_files(copy) == weights
 
 
-def test_a_published_index_keeps_its_facts(tmp_path: Path) -> None:
+def test_a_published_index_keeps_its_facts(make_folder: MakeFolder, tmp_path: Path) -> None:
     """Qwen2.5's index states total_size alone."""
-    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
-    (tmp_path / hf.INDEX).write_text(json.dumps({"metadata": {"total_size": 24}, "weight_map": files}))
-    plan = hf.planned_files(tmp_path, ["a", "b"])
-    assert plan == hf.FilePlan(files, ("total_size",))
+    folder = make_folder(max_shard_size="100KB")
+    index = json.loads((folder / hf.INDEX).read_text())
+    del index["metadata"]["total_parameters"]
+    (folder / hf.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    opened = hf.HfFolder.open(folder)
+    write_record(tmp_path, opened, opened.tensors.keys())
+    record = read_record(tmp_path)
+    assert record is not None
+    assert record.plan == FilePlan(index["weight_map"], ("total_size",))
 
 
 def test_a_folder_reads_back(make_folder: MakeFolder) -> None:
     folder = make_folder(max_shard_size="100KB", dtype=torch.bfloat16)
     opened = hf.HfFolder.open(folder)
-    assert opened.indexed
     expected = load_tensors(folder)
-    assert opened.tensors == {name: info(tensor) for name, tensor in expected.items()}
-    assert all(torch.equal(opened.read(name), tensor) for name, tensor in expected.items())
+    assert {name: stored.info for name, stored in opened.tensors.items()} == {
+        name: info(tensor) for name, tensor in expected.items()
+    }
+    assert all(torch.equal(opened.tensors[name].read(), tensor) for name, tensor in expected.items())
+
+
+def pickled(folder: Path, *, shards: int) -> dict[str, torch.Tensor]:
+    """Replace a folder's safetensors by `pytorch_model.bin`, or by shards with an index; gives the tensors."""
+    tensors = load_tensors(folder)
+    for path in (*folder.glob("*.safetensors"), *folder.glob(hf.INDEX)):
+        path.unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return tensors
+    names = list(tensors)
+    weight_map = {}
+    for number in range(shards):
+        file_name = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        weight_map.update(dict.fromkeys(names[number::shards], file_name))
+        torch.save({name: tensors[name] for name in names[number::shards]}, folder / file_name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickled_weights_on_demand(make_folder: MakeFolder, small_parts: None, tmp_path: Path, shards: int) -> None:
+    folder = make_folder(dtype=torch.bfloat16)
+    tensors = pickled(folder, shards=shards)
+    with pytest.raises(CheckpointError, match=r"\.bin\S*: pickled weights are read only with --allow-pickle"):
+        hf.HfFolder.open(folder)
+    hf_to_megatron(folder, tmp_path / "megatron", allow_pickle=True)
+    assert not any(row.differing for row in verify(folder, tmp_path / "megatron", allow_pickle=True))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    back = load_tensors(tmp_path / "back")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert [path.name for path in (tmp_path / "back").glob("model*")] == ["model.safetensors"]
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -87,10 +133,10 @@ def test_damaged_config(make_folder: MakeFolder) -> None:
         hf.HfFolder.open(folder)
 
 
-def test_bin_checkpoint(make_folder: MakeFolder) -> None:
+def test_other_formats(make_folder: MakeFolder) -> None:
     folder = make_folder()
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: only safetensors are read"):
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"model\.gguf: only safetensors are read"):
         hf.HfFolder.open(folder)
 
 
@@ -121,8 +167,8 @@ def test_missing_shard(make_folder: MakeFolder) -> None:
     [
         ({"model.norm.weight": "model-00001-of-00003.safetensors"}, "tensor model.norm.weight: the index says"),
         ({"model.extra.weight": "model-00001-of-00003.safetensors"}, "tensor model.extra.weight: the index says"),
-        ({"model.norm.weight": "../model.safetensors"}, "not the name of a safetensors file"),
-        ({"model.norm.weight": 3}, "not the name of a safetensors file"),
+        ({"model.norm.weight": "../model.safetensors"}, "not the name of a .safetensors file"),
+        ({"model.norm.weight": 3}, "not the name of a .safetensors file"),
     ],
 )
 def test_index_that_disagrees(make_folder: MakeFolder, change: dict[str, object], message: str) -> None:
@@ -146,4 +192,4 @@ def test_other_types_are_refused(make_folder: MakeFolder) -> None:
 
 def test_shard_size_that_is_none(make_folder: MakeFolder) -> None:
     with pytest.raises(CheckpointError, match="--max-shard-size huge"):
-        hf.plan_files({"a": hf.TensorInfo(torch.float32, (2,))}, "huge")
+        plan_files({"a": TensorInfo(torch.float32, (2,))}, "huge")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify
+from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_amopo.checkpoint.verify import verify
 from tests.support import loader_ranks
 from tests.support.checkpoints import LAYERS, VOCABULARY, all_files, load_tensors, save_tiny_model
 
@@ -20,13 +21,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders NAME/hf, NAME/megatron and, from four ranks that loaded, compared and saved, NAME/saved-tp…-pp…
 
-    The untied model is bfloat16, loaded into a float32 model.
+    All are loaded into float32 models, also those that are bfloat16.
     """
     work = tmp_path_factory.mktemp("loader")
-    for name in ("tied", "untied"):
-        dtype = torch.float32 if name == "tied" else torch.bfloat16
-        save_tiny_model(work / name / "hf", tied=name == "tied", dtype=dtype, max_shard_size="100KB")
-        hf_to_megatron(work / name / "hf", work / name / "megatron")
+    for name, kind in loader_ranks.MODELS.items():
+        save_tiny_model(
+            work / name / "hf",
+            family=kind.family,
+            tied=kind.tied,
+            dtype=kind.dtype,
+            max_shard_size="100KB",
+            **({} if kind.family == "qwen2" else {"head_dim": loader_ranks.HEAD}),
+        )
+        # As a large model's: several chunks of every matrix, several data files.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("megatron_amopo.checkpoint.convert.PART_NUMBERS", 700)
+            patch.setattr("megatron_amopo.checkpoint.megatron_writer._FILE_BYTES", 200_000)
+            hf_to_megatron(work / name / "hf", work / name / "megatron")
     # Importing Megatron takes most of a rank's time: a server imports it once and forks the ranks.
     multiprocessing.set_forkserver_preload(["megatron.training"])
     torch.multiprocessing.start_processes(
@@ -43,15 +54,15 @@ def test_what_megatron_saved_is_exported_exactly(saved: Path, tmp_path: Path, na
     shutil.copytree(saved / name / "megatron" / "hf", megatron / "hf")
     (megatron / "latest_checkpointed_iteration.txt").write_text("5")
     assert not any(row.differing for row in verify(original, megatron))
-    megatron_to_hf(megatron, tmp_path / "back", dtype=None if name == "tied" else "bfloat16")
+    megatron_to_hf(megatron, tmp_path / "back")
     assert all_files(tmp_path / "back") == all_files(original)
 
 
 def test_float32_weights_of_a_bfloat16_model_stay_exact(saved: Path, tmp_path: Path) -> None:
-    """Without --dtype the export keeps what training stored."""
-    megatron = saved / "untied" / "saved-tp2-pp2"
-    shutil.copytree(saved / "untied" / "megatron" / "hf", megatron / "hf", dirs_exist_ok=True)
+    """--dtype stored exports what training stored."""
+    megatron = saved / "qwen2" / "saved-tp2-pp2"
+    shutil.copytree(saved / "qwen2" / "megatron" / "hf", megatron / "hf", dirs_exist_ok=True)
     (megatron / "latest_checkpointed_iteration.txt").write_text("5")
-    assert megatron_to_hf(megatron, tmp_path / "back").dtypes == ("float32",)
-    expected, actual = load_tensors(saved / "untied" / "hf"), load_tensors(tmp_path / "back")
+    assert megatron_to_hf(megatron, tmp_path / "back", dtype="stored").dtypes == ("float32",)
+    expected, actual = load_tensors(saved / "qwen2" / "hf"), load_tensors(tmp_path / "back")
     assert all(torch.equal(actual[name], expected[name].float()) for name in expected)

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_amopo.certification.observed_run import metrics, train
-from megatron_amopo.checkpoint.convert import megatron_to_hf, verify
+from megatron_amopo.checkpoint.convert import megatron_to_hf
+from megatron_amopo.checkpoint.verify import verify
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.objectives import record_noise
 from tests.distributed.test_model import separate_logps

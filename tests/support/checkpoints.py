@@ -1,13 +1,16 @@
-"""Tiny random Qwen2 folders for the converter, and plain ways to read and to spoil a folder."""
+"""Tiny random folders for the converter, and plain ways to read and to spoil a folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from megatron_amopo.certification.tiny import tiny_config
 
 VOCABULARY = 151  # not divisible by 128 x TP
 LAYERS = 4
@@ -15,23 +18,19 @@ MakeFolder = Callable[..., Path]
 
 
 def save_tiny_model(
-    folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB"
+    folder: Path,
+    *,
+    family: str = "qwen2",
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: int | str = "5GB",
+    **changes: Any,
 ) -> Path:
-    """Save a Qwen2 model of random weights (biases and norms, too) and a stand-in for a tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """Save a model of random weights (biases and norms, too) and a stand-in for a tokenizer."""
+    from transformers import AutoModelForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
-    )
-    model = Qwen2ForCausalLM(config)
+    sizes = {"vocab_size": VOCABULARY, "num_attention_heads": 8, "max_position_embeddings": 128, **changes}
+    model = AutoModelForCausalLM.from_config(tiny_config(family, tied=tied, **sizes))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

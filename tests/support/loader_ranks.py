@@ -7,21 +7,41 @@ Each rank compares what Megatron loaded with its part of the Hugging Face tensor
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+
+@dataclass(frozen=True)
+class Model:
+    """What distinguishes a model here: whether it ties its embeddings, and what a family has of its own."""
+
+    family: str
+    tied: bool
+    dtype: torch.dtype
+    qkv_bias: bool = False
+    qk_norms: bool = False
+
+
+MODELS = {
+    "qwen2": Model("qwen2", False, torch.bfloat16, qkv_bias=True),
+    "qwen2-tied": Model("qwen2", True, torch.float32, qkv_bias=True),
+    "qwen3": Model("qwen3", False, torch.bfloat16, qk_norms=True),
+    "llama-tied": Model("llama", True, torch.bfloat16),
+    "mistral": Model("mistral", False, torch.float32),
+}
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
 # Saving takes most of the time, so it is done where it differs most: tied embeddings have a copy on the last stage.
-SAVED = (("tied", 1, 2), ("untied", 2, 2))
+SAVED = (("qwen2-tied", 1, 2), ("qwen2", 2, 2), ("qwen3", 2, 2))
 RANKS = 4
 HIDDEN, FFN, HEADS, GROUPS, HEAD = 64, 96, 8, 2, 8
 PADDED_VOCABULARY = 256
 
 
 def run(rank: int, work: Path, vocabulary: int, layers: int) -> None:
-    """Load and save under each layout. `work` holds, for tied and untied models, NAME/hf and NAME/megatron."""
+    """Load and save under each layout. `work` holds NAME/hf and NAME/megatron for each of MODELS."""
     from megatron_amopo import device
 
     device.prepare()
@@ -30,8 +50,8 @@ def run(rank: int, work: Path, vocabulary: int, layers: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{work}/rendezvous", rank=rank, world_size=RANKS)
     for tp, pp in LAYOUTS:
         parallel_state.initialize_model_parallel(tp, pp)
-        for name in ("tied", "untied"):
-            model = _load_and_compare(work / name, tp, pp, name == "tied", vocabulary, layers)
+        for name, kind in MODELS.items():
+            model = _load_and_compare(work / name, tp, pp, kind, layers)
             if (name, tp, pp) in SAVED:
                 _save(model, work / name / f"saved-tp{tp}-pp{pp}" / "iter_0000005", tp, vocabulary)
         parallel_state.destroy_model_parallel()
@@ -39,13 +59,13 @@ def run(rank: int, work: Path, vocabulary: int, layers: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _load_and_compare(folder: Path, tp: int, pp: int, tied: bool, vocabulary: int, layers: int) -> Any:
+def _load_and_compare(folder: Path, tp: int, pp: int, kind: Model, layers: int) -> Any:
     """The GPTModel that Megatron loaded from what we wrote."""
     from megatron.core import dist_checkpointing, parallel_state
 
     from tests.support.checkpoints import load_tensors
 
-    model = _model(tp, pp, tied, layers)
+    model = _model(tp, pp, kind, layers)
     request: dict[str, Any] = {"model": model.sharded_state_dict()}
     if (tp, pp) == (1, 1):
         request["transformer_engine"] = _extra_states(layers)
@@ -59,7 +79,7 @@ def _load_and_compare(folder: Path, tp: int, pp: int, tied: bool, vocabulary: in
     first_layer = parallel_state.get_pipeline_model_parallel_rank() * (layers // pp)
     for name, parameter in model.named_parameters():
         expected = expected_part(name, tensors, tp, tp_rank, first_layer)
-        assert torch.equal(parameter, expected.float()), f"TP {tp} PP {pp}: {name}"
+        assert torch.equal(parameter, expected.float()), f"{folder.name} TP {tp} PP {pp}: {name}"
     return model
 
 
@@ -81,7 +101,7 @@ def _save(model: Any, target: Path, tp: int, vocabulary: int) -> None:
     )
 
 
-def _model(tp: int, pp: int, tied: bool, layers: int) -> Any:
+def _model(tp: int, pp: int, kind: Model, layers: int) -> Any:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -101,18 +121,19 @@ def _model(tp: int, pp: int, tied: bool, layers: int) -> Any:
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=kind.qkv_bias,
+        qk_layernorm=kind.qk_norms,
         use_cpu_initialization=True,
     )
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=kind.qk_norms),
         vocab_size=PADDED_VOCABULARY,
         max_sequence_length=128,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=tied,
+        share_embeddings_and_output_weights=kind.tied,
     )
 
 
@@ -165,6 +186,8 @@ def expected_part(name: str, tensors: dict[str, torch.Tensor], tp: int, tp_rank:
         return tensors[f"{layer}.input_layernorm.weight"]
     if part == "pre_mlp_layernorm.weight":
         return tensors[f"{layer}.post_attention_layernorm.weight"]
+    if part in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
+        return tensors[f"{layer}.self_attn.{part.removeprefix('self_attention.')[0]}_norm.weight"]
     if part == "self_attention.linear_proj.weight":
         return columns(tensors[f"{layer}.self_attn.o_proj.weight"])
     if part == "mlp.linear_fc2.weight":

@@ -1,0 +1,116 @@
+"""What must agree before a byte is moved: config.json, the tensors beside it, and the checkpoint.
+
+Every disagreement is a CheckpointError that names the file, the tensor or the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_amopo.checkpoint import hf
+from megatron_amopo.checkpoint.families import ignored_tensor, megatron_arguments, parameter_table, tied_copies
+from megatron_amopo.checkpoint.megatron import MegatronCheckpoint
+from megatron_amopo.checkpoint.parameters import Parameter, hf_shapes
+from megatron_amopo.checkpoint.streaming import PART_NUMBERS
+from megatron_amopo.checkpoint.tensor_files import StoredTensor, raw_bytes
+from megatron_amopo.errors import CheckpointError
+
+#: Where a Megatron checkpoint folder keeps config.json, tokenizer and the record of the original weights.
+HF_SUBFOLDER = "hf"
+
+
+def open_megatron(root: Path, iteration: int | None) -> tuple[MegatronCheckpoint, dict[str, Any]]:
+    """A Megatron checkpoint and the config.json that lies beside it."""
+    checkpoint = MegatronCheckpoint.open(root, iteration)
+    if not (root / HF_SUBFOLDER / hf.CONFIG).is_file():
+        raise CheckpointError(
+            f"{root}: no {HF_SUBFOLDER}/{hf.CONFIG}; "
+            f"copy the {HF_SUBFOLDER} folder of the checkpoint that training started from"
+        )
+    return checkpoint, hf.read_config(root / HF_SUBFOLDER)
+
+
+def read_table(folder: Path, config: Mapping[str, Any]) -> tuple[Parameter, ...]:
+    """The table of parameters; its errors say in which folder the config.json lies."""
+    try:
+        return parameter_table(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
+
+
+def check_same_model(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    """Both configs must describe the same model."""
+    ours, theirs = megatron_arguments(left), megatron_arguments(right)
+    for name in ours:
+        if ours[name] != theirs[name]:
+            raise CheckpointError(
+                f"not the same model: {name} is {ours[name]} in the folder, {theirs[name]} in the checkpoint"
+            )
+
+
+def check_tensors(source: hf.HfFolder, table: Sequence[Parameter]) -> list[str]:
+    """Every tensor of the model must be there, in the shape that config.json gives it, and no other; notes for
+    people."""
+    shapes = hf_shapes(table)
+    for name, shape in shapes.items():
+        stored = source.tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"{source.path}: tensor {name} is missing")
+        if stored.info.shape != shape:
+            raise CheckpointError(
+                f"{stored.path}: tensor {name} has shape {list(stored.info.shape)}, "
+                f"but by config.json it has {list(shape)}"
+            )
+    notes: dict[str, None] = {}
+    copies = tied_copies(source.config)
+    for name in sorted(source.tensors.keys() - shapes.keys()):
+        stored = source.tensors[name]
+        if name in copies:
+            if not equal(stored, source.tensors[copies[name]]):
+                raise CheckpointError(
+                    f"{stored.path}: tensor {name} differs from {copies[name]}, "
+                    "but config.json says tie_word_embeddings"
+                )
+            notes[f"{name} equals {copies[name]}, as tie_word_embeddings says, and is stored once"] = None
+        elif why := ignored_tensor(source.config, name):
+            notes[f"tensors such as {name.rpartition('.')[2]} are left out: {why}"] = None
+        else:
+            raise CheckpointError(f"{stored.path}: tensor {name} is not part of the model that config.json describes")
+    return list(notes)
+
+
+def common_dtype(source: hf.HfFolder, parameter: Parameter) -> torch.dtype:
+    """The type of all Hugging Face tensors of one Megatron parameter, which has only one."""
+    names = [name for layer in parameter.layer_numbers for name in parameter.hf_names(layer)]
+    dtypes = {name: source.tensors[name].info.dtype for name in names}
+    for name in names:
+        if dtypes[name] != dtypes[names[0]]:
+            kinds = [f"{n} is {dtype_name(dtypes[n])}" for n in (names[0], name)]
+            raise CheckpointError(f"{source.path}: {' and '.join(kinds)}, but Megatron stores them as one tensor")
+    return dtypes[names[0]]
+
+
+def equal(left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two stored tensors have the same type, shape and bits; reads a part at a time."""
+    if left.info != right.info:
+        return False
+    rows = left.info.shape[0]
+    step = max(1, PART_NUMBERS * rows // left.info.numbers)
+    return all(
+        same_bits(left.read(row, min(step, rows - row)), right.read(row, min(step, rows - row)))
+        for row in range(0, rows, step)
+    )
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two contiguous tensors have the same bytes: equal exactly where the numbers are, NaN and the sign of zero
+    included."""
+    return bool((raw_bytes(left) == raw_bytes(right)).all())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

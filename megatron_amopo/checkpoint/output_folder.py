@@ -1,0 +1,136 @@
+"""A folder that appears under its name only when it is complete.
+
+What a conversion writes grows in `.NAME.partial` beside its place, and is renamed at the end. One run at a time writes
+to a name, which a lock on `.NAME.lock` sees to; whoever holds the lock removes what killed runs left. With `force`, the
+folder that is replaced becomes `.NAME.replaced` for the moment between two renames: whatever the moment at which a run
+is killed, the old folder or the new one is there whole, and the next run puts an old one back that is found so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_amopo.errors import CheckpointError
+
+# What a conversion writes beside the weights: tokenizer, headers, metadata.
+_ROOM_BESIDE_WEIGHTS = 64 * 2**20
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, force: bool, size: int, sources: Sequence[Path], replaces: str) -> Iterator[Path]:
+    """A folder beside `target` that takes its place when the block ends well, and vanishes otherwise.
+
+    Args:
+        target: must not exist, or be an empty folder, unless `force`.
+        size: bytes of the weights to be written.
+        sources: folders that are read; the target must not be, contain or lie in one.
+        replaces: with `force`, an existing target is replaced only where it holds this file, so that a mistyped path is
+            safe.
+
+    Raises:
+        CheckpointError: the target may not be written, another run is writing it, or the disk is too small or failed.
+    """
+    for source in sources:
+        inner, outer = target.resolve(), source.resolve()
+        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise CheckpointError(f"{target}: the output can't be, hold or lie in the input {source}")
+    place = target.resolve()  # a link stays, and what it points to is replaced
+    partial, replaced = (place.with_name(f".{place.name}.{state}") for state in ("partial", "replaced"))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{place.parent}: can't be made: {error}") from error
+    try:
+        with _alone(place):
+            _clean_up(place, partial, replaced)
+            _check_target(target, force, replaces)
+            _check_room(place.parent, size)
+            partial.mkdir()
+            try:
+                yield partial
+                sync_folder(partial)
+                if place.exists():
+                    place.rename(replaced)
+                partial.rename(place)
+                sync_folder(place.parent)
+            finally:
+                with contextlib.suppress(OSError):  # the next run tries again
+                    _clean_up(place, partial, replaced)
+    except OSError as error:
+        raise CheckpointError(f"{target}: can't be written: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file and see to it that it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """See to it that a folder's names are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clean_up(place: Path, partial: Path, replaced: Path) -> None:
+    """Remove what an interrupted run left, and put back what it was about to replace."""
+    if replaced.exists() and not place.exists():
+        replaced.rename(place)
+    for leftover in (partial, replaced):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+def _check_target(target: Path, force: bool, replaces: str) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise CheckpointError(f"{target} exists already; --force replaces it")
+    if not (target / replaces).is_file():
+        raise CheckpointError(
+            f"{target} has no {replaces}: --force replaces only what an earlier conversion could have written"
+        )
+
+
+def _check_room(folder: Path, size: int) -> None:
+    needed, free = size + _ROOM_BESIDE_WEIGHTS, shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(f"{folder}: {needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Hold the lock of a place. The system lets go of it when the process ends, however that happens.
+
+    Where the file system has no locks, nothing is held.
+    """
+    path = place.with_name(f".{place.name}.lock")
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise CheckpointError(f"{place}: another run is writing it (it holds {path})") from None
+        except OSError:
+            break
+        # Whoever held the lock before may have removed the file after we opened it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -1,0 +1,126 @@
+"""A folder appears whole or not at all, one run at a time; what killed runs left is removed or put back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_amopo.checkpoint.output_folder import new_folder
+from megatron_amopo.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "config.json"
+
+
+def write(target: Path, text: str = "new", *, force: bool = False) -> None:
+    with new_folder(target, force=force, size=0, sources=[], replaces=MARK) as folder:
+        (folder / MARK).write_text(text)
+
+
+# Writes to argv[1], and kills itself in place of its rename number argv[2]; -1: while writing.
+_DYING = f"""
+import os, pathlib, signal, sys
+from megatron_amopo.checkpoint.output_folder import new_folder
+
+def rename(path, place, original=pathlib.Path.rename):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return original(path, place)
+
+pathlib.Path.rename, left = rename, int(sys.argv[2])
+with new_folder(pathlib.Path(sys.argv[1]), force=True, size=0, sources=[], replaces="{MARK}") as folder:
+    (folder / "{MARK}").write_text("new")
+    if left == -1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed_at(target: Path, rename: int) -> None:
+    done = subprocess.run([sys.executable, "-c", _DYING, str(target), str(rename)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_nothing_is_there_until_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "down"
+    with new_folder(target, force=False, size=0, sources=[], replaces=MARK) as folder:
+        (folder / MARK).write_text("new")
+        assert not target.exists()
+        assert names(target.parent) == [".down.lock", ".down.partial"]
+    assert names(target.parent) == ["down"]
+    assert (target / MARK).read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_what_was_there(tmp_path: Path, error: type[BaseException]) -> None:
+    write(tmp_path / "out", "old")
+
+    def fail() -> None:
+        with new_folder(tmp_path / "out", force=True, size=0, sources=[], replaces=MARK) as folder:
+            (folder / MARK).write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / MARK).read_text() == "old"
+
+
+@pytest.mark.parametrize("rename", [-1, 0])
+def test_a_killed_run_is_cleaned_up_by_the_next(tmp_path: Path, rename: int) -> None:
+    killed_at(tmp_path / "out", rename)
+    assert names(tmp_path) == [".out.lock", ".out.partial"]
+    write(tmp_path / "out", "second")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / MARK).read_text() == "second"
+
+
+def test_killed_between_the_renames_of_a_replacement(tmp_path: Path) -> None:
+    """Both folders are whole under hidden names; the next run puts the old one back, before anything else."""
+    write(tmp_path / "out", "old")
+    killed_at(tmp_path / "out", 1)
+    assert names(tmp_path) == [".out.lock", ".out.partial", ".out.replaced"]
+    assert (tmp_path / ".out.partial" / MARK).read_text() == "new"
+    assert (tmp_path / ".out.replaced" / MARK).read_text() == "old"
+    with pytest.raises(CheckpointError, match="exists already"):
+        write(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / MARK).read_text() == "old"
+    write(tmp_path / "out", force=True)
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / MARK).read_text() == "new"
+
+
+def test_a_second_run_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with new_folder(target, force=False, size=0, sources=[], replaces=MARK) as folder:
+        (folder / MARK).write_text("first")
+        with pytest.raises(CheckpointError, match=r"out: another run is writing it \(it holds .*/\.out\.lock\)"):
+            write(target, "second")
+    assert (target / MARK).read_text() == "first"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    write(tmp_path / "disk" / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    write(tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "real" / MARK).read_text() == "new"
+    assert names(tmp_path) == ["disk", "link"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: can't be made"):
+        write(tmp_path / "file" / "out")
