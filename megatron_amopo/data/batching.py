@@ -3,12 +3,11 @@
 Every rank computes the same plan from (seed, consumed samples) alone and reads only the groups that it needs: nothing
 is broadcast, and a resumed run continues where the stopped one was. Within a global batch groups may be permuted freely
 (the gradient is the mean over its groups), so they are dealt to data-parallel ranks and micro-batches to even out the
-number of tokens.
+number of tokens (``balance.py``).
 
 Shapes: G groups of a micro-batch, D dimensions, 2 sides (chosen, rejected), T packed tokens, N response tokens.
 """
 
-import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -18,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_amopo.data.balance import plan_step
 from megatron_amopo.data.dataset import PreparedGroups
-from megatron_amopo.data.groups import TokenizedGroup
+from megatron_amopo.data.groups import Sharing, TokenizedGroup
 from megatron_amopo.data.segments import Branch, PackedSegments
 from megatron_amopo.objectives.noise import record_noise
 
@@ -29,7 +29,7 @@ class GroupBatch:
     """One micro-batch: packed tokens, and what the loss needs to know about them."""
 
     input_ids: Tensor  # [1, T] int64
-    position_ids: Tensor  # [1, T] int64; a rejected response takes up its positions right after the prompt
+    position_ids: Tensor  # [1, T] int64; what shares a prefix takes up its positions right after it
     segments: PackedSegments
     rows: Tensor  # [N] int64: the token whose hidden state predicts each response token
     targets: Tensor  # [N] int64: the response tokens, sequence by sequence
@@ -38,6 +38,7 @@ class GroupBatch:
     noise: Tensor  # [G, D, 2] float32, standard normal
     counted: Tensor  # [G] bool: False for a group that only fills an otherwise empty micro-batch
     num_tokens: int  # tokens without padding
+    imbalance: float = 1.0  # of its step: tokens of the fullest data-parallel rank over their mean
 
     def to(self, device: torch.device) -> "GroupBatch":
         """The batch with its tensors on ``device``."""
@@ -47,7 +48,12 @@ class GroupBatch:
 
 
 def pack(
-    groups: Sequence[TokenizedGroup], noise: Tensor, counted: Sequence[bool], *, pad_to_multiple_of: int = 1
+    groups: Sequence[TokenizedGroup],
+    noise: Tensor,
+    counted: Sequence[bool],
+    *,
+    sharing: Sharing = "tree",
+    pad_to_multiple_of: int = 1,
 ) -> GroupBatch:
     """Pack groups into one row of tokens, padded at its end only.
 
@@ -55,60 +61,73 @@ def pack(
         groups: G ≥ 1 groups of the same number of dimensions D.
         noise: ``[G, D, 2]``.
         counted: G flags, see :class:`GroupBatch`.
+        sharing: which prefixes are packed once; the results are the same.
         pad_to_multiple_of: T becomes a multiple of it, as sequence parallelism requires of TP.
     """
-    tokens: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    branches: list[Branch] = []
-    rows: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    start = 0
+    row = _Row()
     for group in groups:
-        for prompt, chosen, rejected in zip(group.prompts, group.chosen, group.rejected, strict=True):
-            split, end = start + len(prompt) + len(chosen), start + len(prompt) + len(chosen) + len(rejected)
-            prompt_end = start + len(prompt)
-            tokens += [prompt, chosen, rejected]
-            positions += [np.arange(split - start), np.arange(len(prompt), len(prompt) + len(rejected))]
-            branches += [Branch(start, split), Branch(split, end, prefix_start=start, prefix_end=prompt_end)]
-            # A response token is predicted by the token before it, the first of either response by the prompt's last.
-            rows += [np.arange(prompt_end - 1, split - 1), np.array([prompt_end - 1]), np.arange(split, end - 1)]
-            targets += [chosen, rejected]
-            start = end
-    padding = np.zeros(-start % pad_to_multiple_of, dtype=np.int64)
+        row.add_group(group, sharing)
+    padding = np.zeros(-row.length % pad_to_multiple_of, dtype=np.int64)
     lengths = [[[len(c), len(r)] for c, r in zip(g.chosen, g.rejected, strict=True)] for g in groups]
     return GroupBatch(
-        input_ids=_tensor([*tokens, padding])[None],
-        position_ids=_tensor([*positions, padding])[None],
-        segments=PackedSegments(tuple(branches), torch.device("cpu")),
-        rows=_tensor(rows),
-        targets=_tensor(targets),
+        input_ids=_tensor([*row.tokens, padding])[None],
+        position_ids=_tensor([*row.positions, padding])[None],
+        segments=PackedSegments(tuple(row.branches), torch.device("cpu")),
+        rows=_tensor(row.predicting),
+        targets=_tensor(row.targets),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         record_ids=torch.tensor([group.record_id for group in groups], dtype=torch.int64),
         noise=noise,
         counted=torch.tensor(counted, dtype=torch.bool),
-        num_tokens=start,
+        num_tokens=row.length,
     )
+
+
+class _Row:
+    """The packed row while it grows."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.branches: list[Branch] = []
+        self.predicting: list[np.ndarray] = []  # the token in front of each response token
+        self.targets: list[np.ndarray] = []
+
+    def add_group(self, group: TokenizedGroup, sharing: Sharing) -> None:
+        shared = group.shared if sharing == "tree" else 0
+        above: tuple[range, ...] = ()  # the shared start, once the first dimension's prompt has brought it
+        for prompt, chosen, rejected in zip(group.prompts, group.chosen, group.rejected, strict=True):
+            own = prompt[shared:] if above else prompt
+            first = self._add_branch([own, chosen], above)
+            own_range = first[: len(own)]
+            self._add_targets(chosen, own_range[-1], first[len(own) :])
+            if sharing == "none":
+                second = self._add_branch([prompt, rejected], ())
+                self._add_targets(rejected, second[len(prompt) - 1], second[len(prompt) :])
+            else:
+                second = self._add_branch([rejected], (*above, own_range))
+                self._add_targets(rejected, own_range[-1], second)
+            if shared and not above:
+                above = (own_range[:shared],)
+
+    def _add_branch(self, parts: list[np.ndarray], ancestors: tuple[range, ...]) -> range:
+        """Append tokens below others; gives the range that they take."""
+        start, self.length = self.length, self.length + sum(map(len, parts))
+        branch = Branch(start, self.length, ancestors)
+        self.tokens += parts
+        self.positions.append(np.arange(branch.prefix_length, branch.num_keys))
+        self.branches.append(branch)
+        return range(start, self.length)
+
+    def _add_targets(self, response: np.ndarray, prompt_end: int, taken: range) -> None:
+        """A response token is predicted by the one before it, the first of either response by the prompt's last."""
+        self.predicting += [np.array([prompt_end]), np.arange(taken.start, taken.stop - 1)]
+        self.targets.append(response)
 
 
 def _tensor(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False))
-
-
-def deal(tokens: np.ndarray, num_bins: int) -> list[list[int]]:
-    """Deal items with ``tokens [n]`` each to bins so that the bins' sums are even; at least one item a bin while there
-    are enough.
-
-    Longest first into the emptiest bin (Graham's LPT rule: the fullest bin stays within 4/3 of the optimum). A pure
-    function: ties go to the earlier item and the lower bin, and each bin's items come in their original order.
-    """
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    # An empty bin goes before a filled one of the same sum, in case items have no tokens.
-    emptiest = [(0, False, number) for number in range(num_bins)]
-    for item in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        total, _, number = heapq.heappop(emptiest)
-        bins[number].append(item)
-        heapq.heappush(emptiest, (total + int(tokens[item]), True, number))
-    return [sorted(items) for items in bins]
 
 
 @lru_cache(maxsize=4)
@@ -153,6 +172,7 @@ class MicroBatches(Iterator[GroupBatch]):
         micro_batch_size: groups of a micro-batch, on average over the global batch.
         dp_rank, dp_size: data parallelism.
         noise_seed: of the weights' noise; the seed of :func:`record_noise`.
+        sharing: which prefixes are packed once.
         consumed_samples: where to start.
         pad_to_multiple_of: of a micro-batch's tokens.
     """
@@ -168,6 +188,7 @@ class MicroBatches(Iterator[GroupBatch]):
         dp_rank: int,
         dp_size: int,
         noise_seed: int,
+        sharing: Sharing = "tree",
         consumed_samples: int = 0,
         pad_to_multiple_of: int = 1,
         cycle: bool = False,
@@ -176,9 +197,9 @@ class MicroBatches(Iterator[GroupBatch]):
         self._num_micro_batches, self._micro_batch_size = num_micro_batches, micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._noise_seed, self._consumed, self._cycle = noise_seed, consumed_samples, cycle
+        self._sharing: Sharing = sharing
         self._pad_to_multiple_of = pad_to_multiple_of
-        # A prompt is packed once for its two responses.
-        self._tokens = groups.lengths.sum(axis=(1, 2), dtype=np.int64)
+        self._tokens = groups.packed_tokens(sharing)
         self._dimension_indices = [groups.manifest.dimensions.index(name) for name in groups.dimensions]
         self._pending: list[Callable[[], GroupBatch]] = []
 
@@ -188,8 +209,9 @@ class MicroBatches(Iterator[GroupBatch]):
         return self._pending.pop()()
 
     def _next_global_batch(self) -> list[Callable[[], GroupBatch]]:
-        num_bins = self._num_micro_batches() * self._dp_size
-        start, stop = self._consumed, self._consumed + num_bins * self._micro_batch_size
+        num_micro_batches = self._num_micro_batches()
+        start = self._consumed
+        stop = start + num_micro_batches * self._dp_size * self._micro_batch_size
         self._consumed = stop
         if self._num_samples is not None:
             if start >= self._num_samples:
@@ -198,12 +220,15 @@ class MicroBatches(Iterator[GroupBatch]):
             if self._cycle and stop == self._num_samples:
                 self._consumed = 0
         indices, epochs = self._order(range(start, stop))
-        bins = deal(self._tokens[indices], num_bins)
-        mine = bins[self._dp_rank :: self._dp_size]
-        filler = int(np.argmin(self._tokens[indices]))
-        return [self._builder(indices[items or [filler]], epochs[items or [filler]], bool(items)) for items in mine]
+        plan = plan_step(self._tokens[indices], num_micro_batches=num_micro_batches, dp_size=self._dp_size)
+        return [
+            self._builder(indices[list(mine.items)], epochs[list(mine.items)], mine.counted, plan.imbalance)
+            for mine in plan.ranks[self._dp_rank]
+        ]
 
-    def _builder(self, indices: np.ndarray, epochs: np.ndarray, counted: bool) -> Callable[[], GroupBatch]:
+    def _builder(
+        self, indices: np.ndarray, epochs: np.ndarray, counted: bool, imbalance: float
+    ) -> Callable[[], GroupBatch]:
         def build() -> GroupBatch:
             groups = [self._groups[int(i)] for i in indices]
             record_ids = torch.tensor([group.record_id for group in groups], dtype=torch.int64)
@@ -211,11 +236,13 @@ class MicroBatches(Iterator[GroupBatch]):
             noise = record_noise(
                 self._noise_seed, record_ids, len(self._groups.manifest.dimensions), torch.from_numpy(epochs)
             )
-            return pack(
+            batch = pack(
                 groups,
                 noise[:, self._dimension_indices],
                 [counted] * len(groups),
+                sharing=self._sharing,
                 pad_to_multiple_of=self._pad_to_multiple_of,
             )
+            return replace(batch, imbalance=imbalance)
 
         return build

@@ -2,8 +2,8 @@
 without reading tokens.
 
 Takes a folder of `tools/prepare_preferences.py`; gives `TokenizedGroup`s in the order they were prepared, restricted
-to the dimensions asked for. Opening maps the shards and copies only lengths and record ids (4 bytes x 3 x D and 8
-bytes per record).
+to the dimensions asked for. Opening maps the shards and copies only lengths and record ids (4 bytes x (3 x D + 1)
+and 8 bytes per record).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from megatron_amopo.data.groups import TokenizedGroup
+from megatron_amopo.data.groups import Sharing, TokenizedGroup, packed_tokens
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.data.shards import open_split
 from megatron_amopo.errors import DataError
@@ -23,7 +23,8 @@ class PreparedGroups:
     """The groups of one split. Build it with `open`.
 
     `dimensions` are the names kept, in their order; `lengths` is int32 [N, D, 3] (prompt, chosen, rejected tokens)
-    for those dimensions; `record_ids` is int64 [N].
+    for those dimensions; `shared` is int32 [N], the tokens that all prepared prompts of a record begin with;
+    `record_ids` is int64 [N].
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class PreparedGroups:
         self.lengths = (
             np.concatenate(lengths)[:, self._kept] if lengths else np.empty((0, len(dimensions), 3), np.int32)
         )
+        self.shared = table["shared"].to_numpy()
         self.record_ids = table["record_id"].to_numpy()
 
     @classmethod
@@ -82,6 +84,12 @@ class PreparedGroups:
             chosen=batch.tokens("chosen_ids", row, self._kept),
             rejected=batch.tokens("rejected_ids", row, self._kept),
         )
+
+    def packed_tokens(self, sharing: Sharing) -> np.ndarray:
+        """Tokens that each group takes when packed, int64 [N]; prompts of some dimensions alone may share a few more
+        than those of all.
+        """
+        return packed_tokens(self.lengths, self.shared, sharing)
 
     def source(self, index: int) -> str:
         """Where the record came from: 'file:line', or 'file[row]' for a JSON list or Parquet."""

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_amopo.data.groups import GENERAL, TokenizerFingerprint
 from megatron_amopo.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 
@@ -23,8 +23,8 @@ class Manifest:
 
     `dimensions` starts with 'general'; `scale` is (lowest, highest) score of the prompts; `cutoff_len` is the limit
     on prompt + response in tokens, None for no limit; `records` counts groups per split; `length_percentiles` maps
-    'prompt', 'response', 'sequence' and 'group' to {percentile: tokens}; `data_sha256` covers record ids, tokens and
-    scores and depends on nothing else.
+    'prompt', 'shared', 'response', 'sequence' and 'group' to {percentile: tokens}; `data_sha256` covers record ids,
+    tokens and scores and depends on nothing else.
     """
 
     dimensions: tuple[str, ...]

@@ -31,7 +31,7 @@ class PromptStyle:
     """The content of a prompt file, checked. `content` is the file as parsed, for the manifest."""
 
     style: Literal["published", "released"]
-    placement: Literal["system", "user"]
+    placement: Literal["system", "user", "user_end"]
     scale: tuple[float, float]
     scale_text: str
     general: str
@@ -55,6 +55,11 @@ class PromptStyle:
             what = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
             raise ConfigError(f"{where}: {what}") from error
 
+    @property
+    def question_first(self) -> bool:
+        """Whether the D prompts begin with the whole conversation and differ behind it."""
+        return self.placement == "user_end"
+
     def texts(self, dimensions: Sequence[str], scores: Sequence[float]) -> tuple[str, ...]:
         """The D = K + 1 prompt texts for K dimensions and as many scores, general first, before they meet the
         conversation.
@@ -77,7 +82,7 @@ class PromptStyle:
         self, messages: Sequence[Message], dimensions: Sequence[str], scores: Sequence[float]
     ) -> list[list[Message]]:
         """The D conversations for a record's messages, which end with a user turn."""
-        place = _in_system_turn if self.placement == "system" else _in_user_turn
+        place = _PLACES[self.placement]
         return [place(text, messages) for text in self.texts(dimensions, scores)]
 
 
@@ -101,6 +106,14 @@ def _in_system_turn(text: str, messages: Sequence[Message]) -> list[Message]:
 def _in_user_turn(text: str, messages: Sequence[Message]) -> list[Message]:
     *before, last = messages
     return [*before, {"role": last["role"], "content": f"{text}\n\n{last['content']}"}]
+
+
+def _at_users_end(text: str, messages: Sequence[Message]) -> list[Message]:
+    *before, last = messages
+    return [*before, {"role": last["role"], "content": f"{last['content']}\n\n{text}"}]
+
+
+_PLACES = {"system": _in_system_turn, "user": _in_user_turn, "user_end": _at_users_end}
 
 
 def _readable(name: str) -> str:
@@ -139,8 +152,8 @@ def _parse(content: Any) -> PromptStyle:
         raise ValueError(f"unknown field {sorted(map(str, unknown))[0]!r}; known are {', '.join(sorted(_KEYS))}")
     if content["style"] not in ("published", "released"):
         raise ValueError(f"style is published or released, not {content['style']!r}")
-    if content["placement"] not in ("system", "user"):
-        raise ValueError(f"placement is system or user, not {content['placement']!r}")
+    if content["placement"] not in _PLACES:
+        raise ValueError(f"placement is {', '.join(_PLACES)}, not {content['placement']!r}")
     scale = content["scale"]
     low, high = float(scale["lowest"]), float(scale["highest"])
     if not low < high:

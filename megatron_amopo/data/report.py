@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from megatron_amopo.data.groups import SHARINGS, packed_tokens
 from megatron_amopo.data.problems import MEANINGS, Issue
 from megatron_amopo.data.worker import ChunkResult
 
@@ -39,6 +40,7 @@ class Report:
         self._cut = {"records": 0, "prompts": 0, "responses": 0}
         self._reasons: dict[str, dict[str, _Reason]] = {kind: {} for kind in _KINDS}
         self._lengths: list[np.ndarray] = []
+        self._shared: list[np.ndarray] = []
         self._uncut: list[np.ndarray] = []
         self._scores: list[np.ndarray] = []
 
@@ -55,6 +57,7 @@ class Report:
                 reason.examples.append(describe(issue))
         if len(result.lengths):
             self._lengths.append(result.lengths)
+            self._shared.append(result.shared)
             self._uncut.append(result.uncut)
             self._scores.append(result.scores)
 
@@ -63,17 +66,27 @@ class Report:
         return sum(reason.count for reason in self._reasons["dropped"].values())
 
     def length_percentiles(self) -> dict[str, dict[str, int]]:
-        """Percentiles of kept tokens: per prompt, response and sequence, and per group with each prompt counted
-        once.
+        """Percentiles of kept tokens: per prompt, of the start that a record's prompts share, per response and
+        sequence, and per group as it is packed, with all that is shared counted once.
         """
-        lengths = np.concatenate(self._lengths)  # [N, D, 3]
+        lengths, shared = np.concatenate(self._lengths), np.concatenate(self._shared)  # [N, D, 3], [N]
         series = {
             "prompt": lengths[:, :, 0].ravel(),
+            "shared": shared,
             "response": lengths[:, :, 1:].ravel(),
             "sequence": (lengths[:, :, :1] + lengths[:, :, 1:]).ravel(),
-            "group": lengths.sum(axis=(1, 2), dtype=np.int64),
+            "group": packed_tokens(lengths, shared, "tree"),
         }
         return {name: _percentiles(values) for name, values in series.items()}
+
+    def tokens_per_record(self) -> dict[str, float]:
+        """Mean tokens that a record takes under each `Sharing`, and how many of them are `predicted`: response tokens,
+        each a row of the LM head.
+        """
+        lengths, shared = np.concatenate(self._lengths), np.concatenate(self._shared)
+        tokens: dict[str, np.ndarray] = {sharing: packed_tokens(lengths, shared, sharing) for sharing in SHARINGS}
+        tokens["predicted"] = lengths[:, :, 1:].sum(axis=(1, 2))
+        return {name: round(float(values.mean()), 1) for name, values in tokens.items()}
 
     def content(self) -> dict[str, Any]:
         """The report as JSON-able values. It holds no path beyond the files' names and no time."""
@@ -86,6 +99,7 @@ class Report:
             "cut": self._cut,
             "longest_sequence_before_cutting": _percentiles(np.concatenate(self._uncut)),
             "length_percentiles": self.length_percentiles(),
+            "tokens_per_record": self.tokens_per_record(),
             "scores": {name: _agreement(scores[:, :, k]) for k, name in enumerate(self.dimensions)},
         } | {
             kind: {
@@ -126,6 +140,11 @@ class Report:
         before = content["longest_sequence_before_cutting"]
         table.add_row("longest sequence, uncut", *(f"{value:,}" for value in before.values()))
         console.print(table)
+        each = {name: f"{round(mean):,}" for name, mean in content["tokens_per_record"].items()}
+        console.print(
+            f"tokens per record: {each['tree']} packed ({each['none']} without sharing, {each['responses']} with each "
+            f"prompt shared by its two responses alone); {each['predicted']} of them are predicted"
+        )
         table = Table("dimension", "chosen", "rejected", "chosen better", "equal", "chosen worse", title="Scores")
         for name, values in content["scores"].items():
             shares = [f"{values[key]:.1%}" for key in ("chosen_better", "equal", "chosen_worse")]

@@ -1,9 +1,12 @@
 """The table that says which tokens of a packed micro-batch attend to which.
 
-A micro-batch is one row of tokens, ``prompt | chosen | rejected | prompt | chosen | rejected | … | padding``. A
-*branch* is a run of query tokens together with what it may look at: its prefix, then itself up to the query. ``prompt |
-chosen`` is one branch without a prefix; ``rejected`` is a branch whose prefix is the prompt, so that it never sees the
-chosen response.
+A micro-batch is one row of tokens, group after group, padded at its end. A group is a tree that is laid out depth
+first: the start that all prompts share, then for each dimension the rest of its prompt and its two responses, ``shared
+| prompt | chosen | rejected | prompt | chosen | rejected | …``. A *branch* is a run of query tokens together with what
+it may look at: its ancestors in the tree, which are ranges of earlier tokens, then itself up to the query. What
+directly continues a branch belongs to it, so ``shared | prompt | chosen`` is one branch without ancestors; the second
+dimension's ``prompt | chosen`` is one below ``shared``, and its ``rejected`` one below ``shared`` and that prompt; it
+never sees the chosen response. Nothing here or in the attention knows how deep the tree is.
 
 Made by ``batching.py``, read by ``model/attention.py``; in between it travels in Megatron's ``packed_seq_params``
 argument.
@@ -19,14 +22,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Branch:
-    """Query tokens ``[start, end)`` that attend to tokens ``[prefix_start, prefix_end)`` and, causally, to
-    themselves.
+    """Query tokens ``[start, end)`` that attend to all tokens of the ranges ``ancestors`` (in the order of their
+    positions, none of them empty) and, causally, to themselves.
     """
 
     start: int
     end: int
-    prefix_start: int = 0
-    prefix_end: int = 0
+    ancestors: tuple[range, ...] = ()
 
     @property
     def num_queries(self) -> int:
@@ -34,11 +36,17 @@ class Branch:
 
     @property
     def prefix_length(self) -> int:
-        return self.prefix_end - self.prefix_start
+        """Keys in front of the branch's own, which is also the position of its first token."""
+        return sum(map(len, self.ancestors))
 
     @property
     def num_keys(self) -> int:
         return self.prefix_length + self.num_queries
+
+    @property
+    def keys(self) -> tuple[range, ...]:
+        """The ranges of tokens that it attends to, its own last."""
+        return (*self.ancestors, range(self.start, self.end))
 
 
 @dataclass(frozen=True)
@@ -59,9 +67,9 @@ class PackedSegments:
 
     @cached_property
     def key_index(self) -> Tensor:
-        """``[Σ keys]`` int64 token of each key, branch by branch, prefix first."""
-        spans = [span for b in self.branches for span in ((b.prefix_start, b.prefix_end), (b.start, b.end))]
-        return torch.cat([torch.arange(*span) for span in spans]).to(self.device, non_blocking=True)
+        """``[Σ keys]`` int64 token of each key, branch by branch, in the order of positions."""
+        spans = [torch.arange(keys.start, keys.stop) for branch in self.branches for keys in branch.keys]
+        return torch.cat(spans).to(self.device, non_blocking=True)
 
     @cached_property
     def query_offsets(self) -> Tensor:

@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("chosen_ids", _TOKENS),
         ("rejected_ids", _TOKENS),
         ("lengths", _TOKENS),
+        ("shared", pa.int32()),
         ("chosen_scores", pa.list_(pa.float32())),
         ("rejected_scores", pa.list_(pa.float32())),
     ]
@@ -51,6 +52,7 @@ def groups_to_batch(
         _nested([group.chosen for group in groups]),
         _nested([group.rejected for group in groups]),
         _nested([tuple(group.lengths()) for group in groups]),
+        pa.array([group.shared for group in groups], pa.int32()),
         _flat_lists(chosen_scores),
         _flat_lists(rejected_scores),
     ]

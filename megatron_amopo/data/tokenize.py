@@ -184,6 +184,14 @@ class ChatTokenizer:
         marked = any(MARK in text for text in (*texts, *spans))
         return EncodedRecord(tuple(encoded_prompts), encoded_chosen, encoded_rejected, marked)
 
+    def encode_prompt(self, conversation: Messages) -> np.ndarray:
+        """Ids of one conversation, int32, up to where the assistant writes. Raises RecordProblem."""
+        marked = [{"role": m["role"], "content": self._encoder.mark(m["content"])} for m in conversation]
+        try:
+            return self._encoder.encode([self._template.render(marked, generation_prompt=True)])[0]
+        except TemplateRefusal as error:
+            raise RecordProblem("template_refused", str(error)) from error
+
     def _response_text(self, conversation: Messages, prompt: str, response: str) -> str:
         full = self._template.render(
             [*conversation, {"role": "assistant", "content": response}], generation_prompt=False

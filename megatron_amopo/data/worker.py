@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from megatron_amopo.data.cutting import cut_pairs
 from megatron_amopo.data.formats import FORMATS, Candidates, parse_json
-from megatron_amopo.data.groups import TokenizedGroup
+from megatron_amopo.data.groups import TokenizedGroup, shared_start
 from megatron_amopo.data.problems import Issue, RecordProblem
 from megatron_amopo.data.prompts import PromptStyle
 from megatron_amopo.data.records import PreferenceRecord, RecordRules, build_records, issues_of
@@ -51,14 +51,15 @@ class Chunk:
 @dataclass(frozen=True)
 class ChunkResult:
     """What became of a chunk. Rows of `batch` (an Arrow IPC message; their record ids are still 0), `digests` and
-    `prompt_keys` go together; `lengths` is int32 [rows, D, 3] as kept, `uncut` int32 [rows] the longest sequence
-    before the limit, `scores` float32 [rows, 2, K].
+    `prompt_keys` go together; `lengths` is int32 [rows, D, 3] as kept, `shared` int32 [rows] the start that a record's
+    prompts share, `uncut` int32 [rows] the longest sequence before the limit, `scores` float32 [rows, 2, K].
     """
 
     batch: bytes
     digests: list[bytes]
     prompt_keys: list[bytes]
     lengths: np.ndarray
+    shared: np.ndarray
     uncut: np.ndarray
     scores: np.ndarray
     rows_read: int
@@ -99,10 +100,14 @@ class ChunkRunner:
         return rows.result(len(self.rules.records.dimensions), sum(map(len, chunk.units)), issues)
 
     def _add(self, record: PreferenceRecord, rows: "_Rows", issues: list[Issue]) -> None:
-        conversations = self.rules.style.conversations(
-            record.messages, self.rules.records.dimensions, record.chosen_scores
-        )
+        style = self.rules.style
+        conversations = style.conversations(record.messages, self.rules.records.dimensions, record.chosen_scores)
         encoded = self.tokenizer.encode(conversations, record.chosen, record.rejected)
+        ends = None
+        if style.question_first:
+            # What tells the prompts apart stands at their ends; a cut that took it would leave all alike.
+            question = self.tokenizer.encode_prompt(record.messages)
+            ends = [len(prompt) - shared_start([prompt, question]) for prompt in encoded.prompts]
         cut = cut_pairs(
             encoded.prompts,
             encoded.chosen,
@@ -110,6 +115,7 @@ class ChunkRunner:
             cutoff=self.rules.cutoff,
             rule=self.rules.cutoff_rule,
             header=self.tokenizer.header,
+            ends=ends,
         )
         if encoded.marked:
             issues.append(Issue("repaired", "special_token_as_text", record.source, ""))
@@ -141,6 +147,7 @@ class _Rows:
             digests=[group_digest(group, *pair) for group, pair in zip(self.groups, scores, strict=True)],
             prompt_keys=[record.prompt_key() for record in self.records],
             lengths=np.array(lengths, dtype=np.int32).reshape(len(lengths), width + 1, 3),
+            shared=np.array([group.shared for group in self.groups], dtype=np.int32),
             uncut=np.array(self.uncut, dtype=np.int32),
             scores=scores,
             rows_read=rows_read,

@@ -102,9 +102,9 @@ def per_branch_attention(
     for branch in segments.branches:
         own = slice(branch.start, branch.end)
         keys, values, mask = k[own], v[own], None
-        if branch.prefix_length:
-            prefix = slice(branch.prefix_start, branch.prefix_end)
-            keys, values = torch.cat([k[prefix], keys]), torch.cat([v[prefix], values])
+        if branch.ancestors:
+            keys = torch.cat([k[span.start : span.stop] for span in branch.keys])
+            values = torch.cat([v[span.start : span.stop] for span in branch.keys])
             mask = torch.ones(branch.num_queries, branch.num_keys, dtype=torch.bool, device=q.device).tril(
                 branch.prefix_length
             )

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from megatron_amopo.certification.tiny import make_data, random_groups
-from megatron_amopo.data.batching import MicroBatches, SampleOrder, deal, pack
+from megatron_amopo.data.batching import MicroBatches, SampleOrder, pack
 from megatron_amopo.data.dataset import PreparedGroups
-from megatron_amopo.data.groups import TokenizedGroup
+from megatron_amopo.data.groups import SHARINGS, TokenizedGroup, packed_tokens
+from megatron_amopo.data.segments import Branch
 from megatron_amopo.objectives import record_noise
 
 
@@ -39,8 +40,8 @@ def test_pack_by_hand():
     assert batch.rows.tolist() == [2, 3, 2, 6, 6, 8, 9]
     assert batch.targets.tolist() == [10, 11, 20, 10, 20, 21, 22]
     assert batch.lengths.tolist() == [[[2, 1], [1, 3]]]
-    branches = [(b.start, b.end, b.prefix_start, b.prefix_end) for b in batch.segments.branches]
-    assert branches == [(0, 5, 0, 0), (5, 6, 0, 3), (6, 8, 0, 0), (8, 11, 6, 7)]
+    branches = (Branch(0, 5), Branch(5, 6, (range(3),)), Branch(6, 8), Branch(8, 11, (range(6, 7),)))
+    assert batch.segments.branches == branches
     assert batch.segments.num_queries == batch.num_tokens == 11
     assert batch.segments.query_offsets.tolist() == [0, 5, 6, 8, 11]
     assert batch.segments.key_offsets.tolist() == [0, 5, 9, 11, 15]
@@ -57,22 +58,83 @@ def test_packing_is_concatenation():
     assert predicted.tolist() == [t for b in alone for t in b.input_ids[0, b.rows].tolist()]
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("bins", [1, 2, 3, 8])
-def test_deal_keeps_everything_and_evens_out(bins, seed):
-    tokens = np.random.default_rng(seed).integers(5, 500, 24)
-    dealt = deal(tokens, bins)
-    assert sorted(itertools.chain(*dealt)) == list(range(24))
-    assert all(items == sorted(items) and items for items in dealt)
-    sums = [tokens[items].sum() for items in dealt]
-    # Graham's bound for longest-first, against the two lower bounds of the optimum.
-    optimum = max(tokens.sum() / bins, tokens.max())
-    assert max(sums) <= (4 / 3 - 1 / (3 * bins)) * optimum + 1e-9 or max(sums) - min(sums) <= tokens.max()
-    assert deal(tokens, bins) == dealt
+def questions(count=6, dimensions=3, seed=8):
+    return random_groups(count, dimensions=dimensions, seed=seed, shared_question=True)
 
 
-def test_deal_with_fewer_items_than_bins():
-    assert deal(np.array([5, 9]), 4) == [[1], [0], [], []]
+def test_pack_a_tree_by_hand():
+    def ids(*values):
+        return np.array(values, dtype=np.int32)
+
+    asked = TokenizedGroup(1, (ids(1, 2, 3), ids(1, 2, 4, 5)), (ids(10, 11), ids(10)), (ids(20), ids(20, 21)))
+    assert asked.shared == 2
+    batch = pack([asked, asked], torch.zeros(2, 2, 2), [True] * 2)
+    assert batch.input_ids[0, :11].tolist() == [1, 2, 3, 10, 11, 20, 4, 5, 10, 20, 21]
+    assert batch.position_ids[0, :11].tolist() == [0, 1, 2, 3, 4, 3, 2, 3, 4, 4, 5]
+    assert batch.rows[:6].tolist() == [2, 3, 2, 7, 7, 9]
+    assert batch.segments.branches[:4] == (
+        Branch(0, 5),
+        Branch(5, 6, (range(3),)),
+        Branch(6, 9, (range(2),)),
+        Branch(9, 11, (range(2), range(6, 8))),
+    )
+    assert batch.segments.key_index[:20].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 6, 7, 8, 0, 1, 6, 7, 9, 10]
+    # The second group's tree is the first one's, eleven tokens further on.
+    assert batch.segments.branches[7] == Branch(20, 22, (range(11, 13), range(17, 19)))
+    assert batch.num_tokens == 22
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("make", [random_groups, questions])
+def test_branches_spell_the_sequences(make, sharing):
+    """What the last token of each response attends to, read in order, is its own prompt and itself, at positions 0, 1,
+    2 …; and the rows are the tokens in front of the targets.
+    """
+    groups = make(6)
+    batch = pack(groups, torch.zeros(6, 3, 2), [True] * 6, sharing=sharing, pad_to_multiple_of=7)
+    ids, positions = batch.input_ids[0], batch.position_ids[0]
+    targets, rows = (x.split(batch.lengths.flatten().tolist()) for x in (batch.targets, batch.rows))
+    number = 0
+    for group in groups:
+        for prompt, *responses in zip(group.prompts, group.chosen, group.rejected, strict=True):
+            for response in responses:
+                last = int(rows[number][-1]) + 1 if len(response) > 1 else None
+                owner = [b for b in batch.segments.branches if b.start <= (last or -1) < b.end]
+                if owner:  # a response of one token has no row of its own to find it by
+                    seen = [i for keys in owner[0].keys for i in keys if i not in range(last + 1, owner[0].end)]
+                    assert ids[seen].tolist() == [*prompt, *response]
+                    assert positions[seen].tolist() == list(range(len(seen)))
+                assert targets[number].tolist() == response.tolist()
+                assert ids[rows[number]].tolist() == [prompt[-1], *response[:-1]]
+                assert positions[rows[number]].tolist() == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
+                number += 1
+    ends = [(b.start, b.end) for b in batch.segments.branches]
+    assert [end for _, end in ends][:-1] == [start for start, _ in ends][1:]
+    assert ends[0][0] == 0
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 5])
+def test_the_plan_counts_the_tokens_that_are_packed(dimensions):
+    groups = questions(8, dimensions=dimensions)
+    lengths, shared = np.stack([g.lengths() for g in groups]), np.array([g.shared for g in groups])
+    totals = []
+    for sharing in SHARINGS:
+        alone = [pack([g], torch.zeros(1, dimensions, 2), [True], sharing=sharing).num_tokens for g in groups]
+        assert packed_tokens(lengths, shared, sharing).tolist() == alone
+        totals.append(sum(alone))
+    assert totals[0] > totals[1] >= totals[2]
+    assert (totals[1] > totals[2]) == (dimensions > 1)
+
+
+def test_padding_is_at_the_end_and_belongs_to_nothing():
+    groups = random_groups(3, seed=2)
+    plain, padded = (pack(groups, torch.zeros(3, 3, 2), [True] * 3, pad_to_multiple_of=m) for m in (1, 512))
+    assert padded.input_ids.shape[1] % 512 == 0
+    assert torch.equal(padded.input_ids[:, : plain.num_tokens], plain.input_ids)
+    assert padded.segments.branches == plain.segments.branches
+    assert padded.num_tokens == plain.num_tokens == plain.input_ids.shape[1]
+    for name in ("rows", "targets", "lengths"):
+        assert torch.equal(getattr(padded, name), getattr(plain, name))
 
 
 def test_sample_order_visits_each_record_once_an_epoch_and_reshuffles():

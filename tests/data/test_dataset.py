@@ -10,7 +10,7 @@ import pytest
 from megatron_amopo.data import shards
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.groups import TokenizedGroup, TokenizerFingerprint
-from megatron_amopo.data.manifest import Manifest
+from megatron_amopo.data.manifest import FORMAT_VERSION, Manifest
 from megatron_amopo.data.shards import FolderWriter, group_digest, groups_to_batch, write_groups
 from megatron_amopo.errors import DataError
 
@@ -60,6 +60,7 @@ def test_round_trip(folder):
     for i, expected in enumerate(make_groups(30)[:25]):
         assert_equal(train[i], expected)
         np.testing.assert_array_equal(train.lengths[i], expected.lengths())
+        assert train.shared[i] == expected.shared
     assert train.lengths.dtype == np.int32
     assert train.record_ids.tolist() == list(range(25))
     assert train.source(3) == "memory:3"
@@ -157,10 +158,11 @@ def edit_manifest(folder, **changes):
 
 
 def test_manifests_that_do_not_fit(folder):
-    edit_manifest(folder, format_version=2)
-    with pytest.raises(DataError, match=r"a later version .*format 2"):
-        PreparedGroups.open(folder)
-    edit_manifest(folder, format_version=1, tokenizer={"name": "x"})
+    for version, says in ((FORMAT_VERSION + 1, "a later version"), (FORMAT_VERSION - 1, "another version")):
+        edit_manifest(folder, format_version=version)
+        with pytest.raises(DataError, match=rf"{says} .*format {version}"):
+            PreparedGroups.open(folder)
+    edit_manifest(folder, format_version=FORMAT_VERSION, tokenizer={"name": "x"})
     with pytest.raises(DataError, match="lacks or garbles"):
         PreparedGroups.open(folder)
     for text in ("{", "[]", "{}", "\0"):

@@ -18,11 +18,11 @@ MINIMAL = {
 
 
 def test_styles_of_the_package():
-    assert built_in_styles() == ["published_system", "published_user", "released"]
+    assert built_in_styles() == ["published_system", "published_user", "question_first", "released"]
     content = [dict(PromptStyle.load(name).content) for name in built_in_styles()]
     for each in content:
         each.pop("style"), each.pop("placement")
-    assert content[0] == content[1] == content[2]
+    assert all(each == content[0] for each in content)
 
 
 def test_published_prompts_stand_alone_in_the_system_turn():
@@ -44,6 +44,22 @@ def test_the_user_placement_goes_in_front_of_the_last_user_turn():
     for conversation in PromptStyle.load("published_user").conversations(turns, DIMENSIONS, (5, 4, 3)):
         assert conversation[:2] == turns[:2]
         assert conversation[2]["content"].endswith("\n\nAnd red?")
+
+
+def test_question_first_goes_behind_the_last_user_turn():
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        *USER,
+        {"role": "assistant", "content": "Scattering."},
+        {"role": "user", "content": "And red?"},
+    ]
+    style = PromptStyle.load("question_first")
+    assert style.question_first
+    assert not PromptStyle.load("published_user").question_first
+    texts = style.texts(DIMENSIONS, (5, 4, 3))
+    for conversation, text in zip(style.conversations(turns, DIMENSIONS, (5, 4, 3)), texts, strict=True):
+        assert conversation[:3] == turns[:3]
+        assert conversation[3] == {"role": "user", "content": f"And red?\n\n{text}"}
 
 
 def test_a_system_turn_of_the_record_is_kept_below_ours():
@@ -82,7 +98,7 @@ def test_a_file_of_ones_own(tmp_path):
     ("change", "says"),
     [
         ({"style": "nested"}, "style is published or released"),
-        ({"placement": "assistant"}, "placement is system or user"),
+        ({"placement": "assistant"}, "placement is system, user, user_end, not 'assistant'"),
         ({"scale": {"lowest": 5, "highest": 1, "text": ""}}, "scale.lowest must be below"),
         ({"scale": {"lowest": 1, "text": ""}}, "'highest' is missing"),
         ({"general": "All of {names}"}, "general uses {names}"),
@@ -113,7 +129,7 @@ def test_a_file_that_is_no_mapping(tmp_path, text):
 
 
 def test_a_missing_file_says_what_there_is():
-    with pytest.raises(ConfigError, match="published_system, published_user, released"):
+    with pytest.raises(ConfigError, match="published_system, published_user, question_first, released"):
         PromptStyle.load("publishd")
 
 

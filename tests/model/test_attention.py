@@ -5,6 +5,7 @@ import torch
 
 from megatron_amopo.certification.tiny import random_groups
 from megatron_amopo.data.batching import pack
+from megatron_amopo.data.segments import Branch, PackedSegments
 from megatron_amopo.model.attention import (
     PackedAttention,
     per_branch_attention,
@@ -14,11 +15,35 @@ from megatron_amopo.model.attention import (
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 
 
-def batch_of(groups: int = 3, pad_to_multiple_of: int = 16):
-    batch = pack(random_groups(groups, dimensions=2, seed=6), torch.zeros(groups, 2, 2), [True] * groups,
-                 pad_to_multiple_of=pad_to_multiple_of)  # fmt: skip
-    assert batch.segments.num_queries < batch.input_ids.shape[1]  # there is padding
-    return batch
+def packed(sharing: str, pad_to_multiple_of: int = 16):
+    """The branches of three groups and the number of packed tokens."""
+    groups = random_groups(3, dimensions=3, seed=6, shared_question=True)
+    batch = pack(groups, torch.zeros(3, 3, 2), [True] * 3, sharing=sharing, pad_to_multiple_of=pad_to_multiple_of)
+    num_tokens = batch.input_ids.shape[1]
+    assert batch.segments.num_queries < num_tokens  # there is padding
+    return batch.segments, num_tokens
+
+
+def deeper():
+    """A tree of depth four, with a branch of one token and one that looks past its neighbours."""
+    ranges = [
+        (),
+        (range(7),),
+        (range(7), range(9, 10)),
+        (range(3), range(7, 9)),
+        (range(7), range(9, 10), range(10, 14)),
+    ]
+    starts = [0, 9, 10, 15, 18, 23]
+    branches = tuple(Branch(a, b, above) for a, b, above in zip(starts, starts[1:], ranges, strict=False))
+    return PackedSegments(branches, torch.device("cpu")), 24
+
+
+TABLES = {
+    "each alone": lambda: packed("none"),
+    "shared prompts": lambda: packed("responses"),
+    "shared questions": lambda: packed("tree"),
+    "deeper": deeper,
+}
 
 
 def inputs(num_tokens: int, dtype=torch.float64, device="cpu"):
@@ -32,7 +57,8 @@ def visible(segments, num_tokens: int) -> torch.Tensor:
     seen = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     for branch in segments.branches:
         for query in range(branch.start, branch.end):
-            seen[query, branch.prefix_start : branch.prefix_end] = True
+            for ancestor in branch.ancestors:
+                seen[query, ancestor.start : ancestor.stop] = True
             seen[query, branch.start : query + 1] = True
     return seen
 
@@ -45,11 +71,12 @@ def dense(q, k, v, segments, scale=None):
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_per_branch_equals_dense(scale):
-    batch = batch_of()
-    tensors = inputs(batch.input_ids.shape[1])
-    actual = per_branch_attention(*tensors, batch.segments, scale=scale)
-    expected = dense(*tensors, batch.segments, scale)
+@pytest.mark.parametrize("table", TABLES)
+def test_per_branch_equals_dense(table, scale):
+    segments, num_tokens = TABLES[table]()
+    tensors = inputs(num_tokens)
+    actual = per_branch_attention(*tensors, segments, scale=scale)
+    expected = dense(*tensors, segments, scale)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     incoming = torch.randn(actual.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     pairs = zip(
@@ -59,15 +86,31 @@ def test_per_branch_equals_dense(scale):
         torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("table", TABLES)
+def test_the_gathered_keys_are_what_a_variable_length_kernel_takes(table):
+    """Queries and gathered keys cut at the offsets, causal and aligned at the bottom right: the same attention."""
+    segments, num_tokens = TABLES[table]()
+    q, k, v = inputs(num_tokens)
+    queries, keys = segments.query_offsets.tolist(), segments.key_offsets.tolist()
+    outputs = []
+    for number in range(len(segments.branches)):
+        own_q = q[queries[number] : queries[number + 1]]
+        own_k, own_v = (x[segments.key_index][keys[number] : keys[number + 1]] for x in (k, v))
+        mask = torch.ones(len(own_q), len(own_k), dtype=torch.bool).tril(len(own_k) - len(own_q))
+        own_k, own_v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (own_k, own_v))
+        scores = torch.einsum("qhs,khs->hqk", own_q, own_k) * SIZE**-0.5
+        outputs.append(torch.einsum("hqk,khs->qhs", scores.masked_fill(~mask, float("-inf")).softmax(-1), own_v))
+    torch.testing.assert_close(torch.cat(outputs), dense(q, k, v, segments), rtol=1e-10, atol=1e-12)
+
+
 def test_module_takes_megatrons_layout_and_pads_with_zeros():
-    batch = batch_of()
-    num_tokens = batch.input_ids.shape[1]
+    segments, num_tokens = packed("tree")
     q, k, v = inputs(num_tokens)
     module = PackedAttention(None, 1, None, "self", softmax_scale=None, cp_comm_type=None, pg_collection=None)
-    output = module(q[:, None], k[:, None], v[:, None], None, packed_seq_params=batch.segments)
+    output = module(q[:, None], k[:, None], v[:, None], None, packed_seq_params=segments)
     assert output.shape == (num_tokens, 1, HEADS * SIZE)
-    used = batch.segments.num_queries
-    torch.testing.assert_close(output[:used, 0].view(used, HEADS, SIZE), dense(q, k, v, batch.segments))
+    used = segments.num_queries
+    torch.testing.assert_close(output[:used, 0].view(used, HEADS, SIZE), dense(q, k, v, segments))
     assert not output[used:].any()
 
 
@@ -80,12 +123,14 @@ def test_module_refuses_another_kind_of_packing():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_varlen_equals_dense_on_cuda(dtype):
+@pytest.mark.parametrize("table", TABLES)
+def test_varlen_equals_dense_on_cuda(table, dtype):
     device = torch.device("cuda")
-    batch = batch_of().to(device)
-    tensors = inputs(batch.input_ids.shape[1], dtype, device)
+    segments, num_tokens = TABLES[table]()
+    segments = PackedSegments(segments.branches, device)
+    tensors = inputs(num_tokens, dtype, device)
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    actual, expected = varlen_attention(*tensors, batch.segments), dense(*wide, batch.segments)
+    actual, expected = varlen_attention(*tensors, segments), dense(*wide, segments)
     incoming = torch.randn(actual.shape, generator=torch.Generator().manual_seed(3)).to(device)
     gradients = torch.autograd.grad(actual, tensors, incoming.to(dtype))
     references = torch.autograd.grad(expected, wide, incoming.double())
