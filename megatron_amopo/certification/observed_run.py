@@ -29,6 +29,7 @@ class TrainedRun:
     gradients: dict[str, Tensor]  # of the first step, after all reductions
     weights: dict[str, Tensor]  # after the last step
     printed: str  # by rank 0
+    copies_error: float = 0.0  # how far ranks differ that hold the same gradients or weights: a relative norm
 
 
 def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
@@ -41,6 +42,7 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
 
     sys.argv = ["train", *flags]
     captured: dict[str, Any] = {}
+    errors: dict[str, float] = {}
     printed = io.StringIO()
     with _clean_megatron(), contextlib.redirect_stdout(printed):
         args, config = parse_arguments()
@@ -54,8 +56,8 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
             return result
 
         def keep_first_gradients(_folder: Any, _state: Any, iteration: int, _label: str) -> None:
-            captured["initial"] = assemble(captured["model"], lambda parameter: parameter.data)
-            captured["gradients"] = assemble(captured["model"], lambda parameter: parameter.main_grad)
+            captured["initial"], _ = assemble(captured["model"], lambda parameter: parameter.data)
+            captured["gradients"], errors["gradients"] = assemble(captured["model"], lambda p: p.main_grad)
             args.save_wgrads_interval = None
 
         original_setup, original_save = training.setup_model_and_optimizer, training.save_grads
@@ -66,10 +68,18 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
             except SystemExit as stop:  # Megatron's way to stop early, as asked by --exit-interval
                 if stop.code:
                     raise
-            weights = assemble(captured["model"], lambda parameter: parameter.data) if want_tensors else {}
+            weights: dict[str, Tensor] = {}
+            if want_tensors:
+                weights, errors["weights"] = assemble(captured["model"], lambda parameter: parameter.data)
         finally:
             training.setup_model_and_optimizer, training.save_grads = original_setup, original_save
-        return TrainedRun(captured.get("initial", {}), captured.get("gradients", {}), weights, printed.getvalue())
+        return TrainedRun(
+            captured.get("initial", {}),
+            captured.get("gradients", {}),
+            weights,
+            printed.getvalue(),
+            copies_error=max(errors.values(), default=0.0),
+        )
 
 
 @contextlib.contextmanager
@@ -92,8 +102,12 @@ def _clean_megatron() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def assemble(model_chunks: list[torch.nn.Module], value: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-    """Whole tensors from all ranks, on rank 0: ``value`` of each parameter put together as a checkpoint would be."""
+def assemble(model_chunks: list[torch.nn.Module], value: Callable[[Any], Tensor]) -> tuple[dict[str, Tensor], float]:
+    """Whole tensors from all ranks, on rank 0: ``value`` of each parameter put together as a checkpoint would be.
+
+    The second result says how far ranks differ that hold the same part: the norm of the copies' differences from the
+    first one over the norm of all copies.
+    """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.core.utils import unwrap_model
@@ -103,35 +117,36 @@ def assemble(model_chunks: list[torch.nn.Module], value: Callable[[Any], Tensor]
         backup = {parameter: parameter.data for parameter in chunk.parameters()}
         try:
             for parameter in backup:
+                # Another type would make autograd forget the parameter's hooks, by which gradients are accumulated.
                 parameter.data = value(parameter).detach().to(parameter.dtype).view_as(parameter)
             state = chunk.sharded_state_dict()
             apply_factories(state)
             for shard in nested_values(state):
                 if isinstance(shard, ShardedTensor) and shard.data is not None:
-                    pieces.append(
-                        (
-                            shard.key,
-                            shard.global_shape,
-                            shard.global_offset,
-                            shard.data.detach().clone().cpu().reshape(shard.local_shape),
-                        )
-                    )
+                    data = shard.data.detach().float().cpu().clone().reshape(shard.local_shape)
+                    pieces.append((shard.key, shard.global_shape, shard.global_offset, data))
         finally:
             for parameter, data in backup.items():
                 parameter.data = data
     gathered: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, pieces)
     if dist.get_rank() != 0:
-        return {}
+        return {}, 0.0
     whole: dict[str, Tensor] = {}
+    difference = total = 0.0
     for key, shape, offset, data in (piece for rank in gathered for piece in rank):
         target = whole.setdefault(key, torch.full(shape, float("nan")))
         # Leading axes that the local tensor lacks (the layer) are of size one.
         window = tuple(
             slice(o, o + s) for o, s in zip(offset, (1,) * (len(shape) - data.dim()) + tuple(data.shape), strict=True)
         )
-        target[window] = data.reshape(target[window].shape).float()
-    return whole
+        copy = data.reshape(target[window].shape)
+        if not target[window].isnan().all():
+            difference += (copy - target[window]).double().square().sum().item()
+            total += copy.double().square().sum().item()
+        else:
+            target[window] = copy
+    return whole, (difference / total) ** 0.5 if total else 0.0
 
 
 def metrics(folder: Path, split: str = "train", file: str = "metrics.jsonl") -> list[dict[str, float]]:

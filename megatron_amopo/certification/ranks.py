@@ -5,17 +5,19 @@ importable module that runs on the first n ranks, each with its environment set 
 each rank comes back.
 """
 
+import logging
 import os
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Self
 
 import torch.multiprocessing as mp
 
-JOB_TIMEOUT_S = 300
+JOB_TIMEOUT_S = 600
 
 
 class RankPool:
@@ -63,12 +65,21 @@ class RankPool:
                     f"{job.__name__} did not finish on {len(missing)} of {num_ranks} ranks in {JOB_TIMEOUT_S} s"
                 )
             for rank in [rank for rank, connection in enumerate(chosen) if connection in ready]:
-                ok, results[rank] = chosen[rank].recv()
+                try:
+                    ok, results[rank] = chosen[rank].recv()
+                except (EOFError, ConnectionError):  # killed, or its imports failed
+                    ok, results[rank] = False, "its process ended"
                 if not ok:
                     # The other ranks may wait for this one for ever.
                     self.close()
                     raise RuntimeError(f"{job.__name__} failed on rank {rank} of {num_ranks}:\n{results[rank]}")
         return [results[rank] for rank in range(num_ranks)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the ranks."""
@@ -85,7 +96,9 @@ class RankPool:
 
 
 def _work(rank: int, connection: Connection, gpus: bool) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     if not gpus:  # the CPU's arithmetic, also on a machine with fewer GPUs than ranks
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_amopo import device

@@ -1,10 +1,11 @@
-"""A tiny random Qwen2 as a Hugging Face folder and random prepared groups for it, made from seeds."""
+"""A tiny random model as a Hugging Face folder and random prepared groups for it, made from seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_amopo.data.groups import GENERAL, TokenizedGroup, TokenizerFingerprint
 from megatron_amopo.data.manifest import Manifest
@@ -14,9 +15,9 @@ from megatron_amopo.data.shards import write_groups
 VOCAB_SIZE = 151
 
 
-def qwen2_config(*, tied: bool = True, **changes: Any) -> Any:
-    """transformers' config of a model that TP 2 and PP 2 divide."""
-    from transformers import Qwen2Config
+def tiny_config(family: str = "qwen2", *, tied: bool = True, **changes: Any) -> Any:
+    """transformers' config of a model that TP 2 and PP 4 divide; ``family`` is transformers' model type."""
+    from transformers import AutoConfig
 
     sizes = {
         "vocab_size": VOCAB_SIZE,
@@ -29,17 +30,27 @@ def qwen2_config(*, tied: bool = True, **changes: Any) -> Any:
         "rope_theta": 10_000.0,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": tied,
+        **changes,
     }
-    return Qwen2Config(**{**sizes, **changes})
+    if family != "qwen2":  # whose heads are always hidden_size / num_attention_heads
+        sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    return AutoConfig.for_model(family, **sizes)
 
 
-def make_hf_model(folder: Path, *, tied: bool = True, seed: int = 0, **changes: Any) -> Any:
-    """Write a random model to ``folder`` and return it, float32, in evaluation mode."""
-    import torch
-    from transformers import Qwen2ForCausalLM
+def make_hf_model(
+    folder: Path,
+    *,
+    family: str = "qwen2",
+    tied: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Any:
+    """Write a random model to ``folder`` and return it, float32, in evaluation mode; ``dtype`` has all its values."""
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(qwen2_config(tied=tied, **changes)).float().eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(family, tied=tied, **changes)).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Initial biases of zero and norms of one would hide a converter or a kernel that forgets them.
@@ -49,6 +60,7 @@ def make_hf_model(folder: Path, *, tied: bool = True, seed: int = 0, **changes: 
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.mul_(4.0)
+            parameter.copy_(parameter.to(dtype))
     model.save_pretrained(folder)
     return model
 
@@ -61,8 +73,11 @@ def random_groups(
     vocab_size: int = VOCAB_SIZE,
     longest: int = 24,
     shortest: int = 1,
+    shared_question: bool = False,
 ) -> list[TokenizedGroup]:
-    """Groups of random tokens with random lengths, one-token prompts and responses among them."""
+    """Groups of random tokens with random lengths, one-token prompts and responses among them. With
+    ``shared_question`` the prompts of a record begin with the same tokens, as question-first prompts do.
+    """
     rng = np.random.default_rng(seed)
 
     def tokens() -> np.ndarray:
@@ -71,10 +86,11 @@ def random_groups(
     groups = []
     for record in range(count):
         chosen, rejected = tokens(), tokens()
+        question = tokens() if shared_question else np.zeros(0, np.int32)
         groups.append(
             TokenizedGroup(
                 record_id=record,
-                prompts=tuple(tokens() for _ in range(dimensions)),
+                prompts=tuple(np.concatenate([question, tokens()]) for _ in range(dimensions)),
                 # The same responses under each prompt, cut by one token in some dimensions, as truncation does.
                 chosen=tuple(chosen[: max(1, len(chosen) - d % 2)] for d in range(dimensions)),
                 rejected=tuple(rejected for _ in range(dimensions)),

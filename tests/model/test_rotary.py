@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_amopo.certification.tiny import qwen2_config
+from megatron_amopo.certification.tiny import tiny_config
 from megatron_amopo.model.rotary import Llama3Scaling, PackedRotaryEmbedding
 
 POSITIONS = torch.tensor([[0, 1, 2, 1, 2, 3, 5_001, 32_767]])
@@ -18,7 +18,7 @@ def assert_same_angles(actual, cosine, sine):
 def test_plain():
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-    config = qwen2_config(rope_theta=1_000_000.0, max_position_embeddings=32_768)
+    config = tiny_config(rope_theta=1_000_000.0, max_position_embeddings=32_768)
     base = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
     angles = PackedRotaryEmbedding(config.hidden_size // config.num_attention_heads, base)(POSITIONS)
     assert_same_angles(angles, *Qwen2RotaryEmbedding(config)(torch.zeros(1), POSITIONS))

@@ -1,0 +1,142 @@
+"""The published objective (arXiv 2506.07165) written plainly: what every layout is compared with.
+
+Takes a Hugging Face folder and, for each step, the records with their noise; gives losses, first gradients and weights.
+Every prompt with every response is a row of its own, padded to the longest and run through transformers' model; logits
+of the whole vocabulary, log-softmax, gather. Nothing of this package's loss, packing, head or model is used, nor
+anything of Megatron.
+
+Shapes: G records of a step, D dimensions, 2 sides (chosen, rejected); R = G · D · 2 rows of T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_amopo.certification.optimizers import Optimizer, PlainOptimizer
+from megatron_amopo.data.groups import TokenizedGroup
+
+#: The published hyperparameters, in numbers; γ_ftx is what :data:`FTX_GAMMA` says.
+SIMPO_BETA, SIMPO_GAMMA = 0.8, 2.0
+ORPO_BETA = 0.1
+#: Weight of the SFT term in all certified runs.
+FTX_GAMMA = 0.1
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class StepData:
+    """The records of one step and their draws from the standard normal distribution."""
+
+    groups: Sequence[TokenizedGroup]
+    noise: Tensor  # [G, D, 2]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to; tensors by Hugging Face's names."""
+
+    losses: list[float]  # of each step, before its update
+    initial: dict[str, Tensor]  # weights before the first step
+    gradients: dict[str, Tensor]  # of the first step, before clipping
+    weights: dict[str, Tensor]  # after the last step
+
+
+def plain_run(
+    hf: Path, steps: Sequence[StepData], optimizer: Optimizer, *, pairwise: str, dtype: torch.dtype = torch.float64
+) -> Result:
+    """Train the model of ``hf``, one update for each entry of ``steps``.
+
+    The model computes in ``dtype``; the weights that the optimizer updates are float64 for float64 and float32
+    otherwise. (transformers' norms compute in float32 whatever the model's type.)
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=dtype)
+    parameters = dict(model.named_parameters())
+    master = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = {name: parameter.detach().to(master, copy=True) for name, parameter in parameters.items()}
+    initial = {name: weight.clone() for name, weight in weights.items()}
+    update = PlainOptimizer(optimizer, weights)
+    losses: list[float] = []
+    first: dict[str, Tensor] = {}
+    for step in steps:
+        loss = plain_loss(model, step, pairwise).mean()
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        gradients = {name: gradient.to(master) for name, gradient in gradients.items()}
+        losses.append(loss.item())
+        first = first or gradients
+        update.step(gradients)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+    return Result(losses, initial, first, {name: parameter.detach().clone() for name, parameter in parameters.items()})
+
+
+def plain_loss(model: torch.nn.Module, step: StepData, pairwise: str) -> Tensor:
+    """Loss of each record, ``[G]``: Σ_d w_d · L_d + γ_ftx · L_SFT."""
+    ids, labels = padded_rows(step.groups)
+    attention_mask = (torch.arange(ids.shape[1]) < row_lengths(step.groups)[:, None]).long()
+    logits = model(input_ids=ids, attention_mask=attention_mask).logits[:, :-1]
+    logps_all = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    targets = labels[:, 1:]
+    is_response = targets != _IGNORED
+    logps_RT = logps_all.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+
+    shape = (len(step.groups), -1, 2)
+    mean_logps = torch.stack([row[mask].mean() for row, mask in zip(logps_RT, is_response, strict=True)]).view(shape)
+    with torch.no_grad():
+        probs = [row[mask].exp() for row, mask in zip(logps_RT, is_response, strict=True)]
+        mean = torch.stack([p.mean() for p in probs]).view(shape)
+        std = torch.stack([p.std() if len(p) > 1 else p.new_zeros(()) for p in probs]).view(shape)
+        metric = mean + std * step.noise.to(mean.dtype)  # a draw from N(μ, σ²)
+        weights_GD = torch.softmax(metric[..., 0] + metric[..., 1], dim=1)
+
+    chosen, rejected = mean_logps[..., 0], mean_logps[..., 1]
+    pair_losses_GD = {"simpo": _simpo, "orpo": _orpo}[pairwise](chosen, rejected)
+    sft_G = -chosen.mean(1)
+    return (weights_GD * pair_losses_GD).sum(1) + FTX_GAMMA * sft_G
+
+
+def _simpo(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return -F.logsigmoid(SIMPO_BETA * (chosen - rejected) - SIMPO_GAMMA)
+
+
+def _orpo(chosen: Tensor, rejected: Tensor) -> Tensor:
+    def log_odds(logp: Tensor) -> Tensor:
+        return logp - torch.log(1 - logp.exp())
+
+    return -chosen - ORPO_BETA * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def _rows(groups: Sequence[TokenizedGroup]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of each of the R rows: record by record, dimension by dimension, chosen before rejected."""
+    return [
+        (prompt.tolist(), response.tolist())
+        for group in groups
+        for prompt, *pair in zip(group.prompts, group.chosen, group.rejected, strict=True)
+        for response in pair
+    ]
+
+
+def padded_rows(groups: Sequence[TokenizedGroup]) -> tuple[Tensor, Tensor]:
+    """Token ids ``[R, T]``, zeros behind each row's end, and labels ``[R, T]``: the id where it is of a response, else
+    −100.
+    """
+    rows = _rows(groups)
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, _IGNORED)
+    for row, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        labels[row, len(prompt) : end] = torch.tensor(response)
+    return ids, labels
+
+
+def row_lengths(groups: Sequence[TokenizedGroup]) -> Tensor:
+    """Tokens ``[R]`` of each row without padding."""
+    return torch.tensor([len(prompt) + len(response) for prompt, response in _rows(groups)])
