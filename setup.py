@@ -40,6 +40,9 @@ setup(
         # Hugging Face configs, tokenizers and reference models; both majors are in use
         "transformers>=4.57,<6",
         "tokenizers>=0.22,<2",  # trains the demo's tokenizer; transformers narrows the range further
+        # with both, transformers reads a folder that has only `tokenizer.model` (Llama 2, Mistral); it declares neither
+        "sentencepiece>=0.2,<0.3",
+        "protobuf>=4.25,<8",
         "safetensors>=0.6,<1",  # Hugging Face weights, read and written tensor by tensor
         "huggingface-hub>=0.34,<3",  # which file of a sharded model holds which weights
         "pyarrow>=18",  # prepared data: memory-mapped shards; no upper bound: a major a quarter, this part stable

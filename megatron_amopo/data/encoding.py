@@ -6,8 +6,9 @@ space in front that a first word would get, and pieces between control tokens ar
 share them.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,32 +37,39 @@ class TextEncoder:
         self._added_ids = np.array(sorted(self.added.values()), dtype=np.int32)
         self._special = [token.content for token in tokens.values() if token.special]
         self._find_special = _any_of(self._special)
-        self._anchor = ""
+        self._continuing = backend  # encodes texts that continue a sequence
         # The library cuts a text at these before anything else, so the pieces between can be encoded one by one.
         separators = [t.content for t in tokens.values() if not (t.normalized or t.lstrip or t.rstrip or t.single_word)]
         self._separator = _any_of(separators)
         self._by_pieces = False
         self._cache: dict[str, np.ndarray] = {}
-        self.backend.encode_special_tokens = True
-        self._as_text = dict(zip(self._special, self.encode(self._special), strict=True))
-        self.backend.encode_special_tokens = False
+        self._as_text = self._spelled()
 
-    def settle(self, prompt: str, responses: Sequence[str], token: str) -> bool:
+    def settle(self, prompt: str, responses: Sequence[str]) -> bool:
         """Find out, from sample texts, how a response has to be encoded so that prompt + response equals the whole:
-        as it is (byte-level tokenizers), or behind `token` (those that put a space in front of a first word). False:
-        in neither way.
+        as it is (byte-level tokenizers), or without the space that SentencePiece's tokenizers put in front of a first
+        word. False: in neither way.
         """
         whole = self.encode([prompt + response for response in responses])
-        for self._anchor in ("", token):
+        start = self.encode([prompt])[0]
+        for backend in (self.backend, _without_first_space(self.backend)):
+            self._continuing = backend
             parts = self.encode(responses, inner=True)
-            start = self.encode([prompt])[0]
             if _all_equal([np.concatenate([start, part]) for part in parts], whole):
                 break
         else:
             return False
-        self._by_pieces = not self._anchor
+        self._as_text = self._spelled()
+        self._by_pieces = self._continuing is self.backend
         self._by_pieces = self._by_pieces and _all_equal(self.encode([prompt + r for r in responses]), whole)
         return True
+
+    def _spelled(self) -> dict[str, np.ndarray]:
+        """Control tokens' names and the ids of their characters."""
+        self._continuing.encode_special_tokens = True
+        encodings = self._continuing.encode_batch_fast(self._special, add_special_tokens=False)
+        self._continuing.encode_special_tokens = False
+        return {name: np.array(e.ids, dtype=np.int32) for name, e in zip(self._special, encodings, strict=True)}
 
     def mark(self, text: str) -> str:
         """Replace control tokens' names by marks, which `encode` turns into the ids of the names' characters.
@@ -95,18 +103,24 @@ class TextEncoder:
         if self._by_pieces:
             found = iter(self._encode_by_pieces(wanted))
         else:
-            anchor = self._anchor if inner else ""
-            encodings = self.backend.encode_batch_fast([anchor + text for text in wanted], add_special_tokens=False)
-            found = iter([np.array(encoding.ids[bool(anchor) :], dtype=np.int32) for encoding in encodings])
+            found = iter(self._encode_continuing(wanted) if inner else _encode(self.backend, wanted))
         nothing = np.empty(0, np.int32)
         return [(text, nothing if MARK in text else next(found)) for text in texts]
+
+    def _encode_continuing(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Up to its first control token a text continues what stands before it; what follows that token doesn't."""
+        if self._continuing is self.backend:
+            return _encode(self.backend, texts)
+        cuts = [found.start() if (found := self._separator.search(text)) else len(text) for text in texts]
+        heads = _encode(self._continuing, [text[:cut] for text, cut in zip(texts, cuts, strict=True)])
+        rests = _encode(self.backend, [text[cut:] for text, cut in zip(texts, cuts, strict=True)])
+        return [np.concatenate(parts) for parts in zip(heads, rests, strict=True)]
 
     def _encode_by_pieces(self, texts: Sequence[str]) -> list[np.ndarray]:
         split = [self._separator.split(text) for text in texts]  # piece, separator, piece, …, piece
         known = self._cache
         new = list(dict.fromkeys(piece for pieces in split for piece in pieces[::2] if piece not in known))
-        encodings = self.backend.encode_batch_fast(new, add_special_tokens=False)
-        fresh = {piece: np.array(e.ids, dtype=np.int32) for piece, e in zip(new, encodings, strict=True)}
+        fresh = dict(zip(new, _encode(self.backend, new), strict=True))
         result = []
         for pieces in split:
             parts = []
@@ -121,6 +135,41 @@ class TextEncoder:
         if len(known) > _CACHED_PIECES:
             known.clear()
         return result
+
+
+def _encode(backend: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+
+def _without_first_space(backend: Any) -> Any:
+    """The same `tokenizers.Tokenizer`, but for the space that it puts in front of a first word. Of SentencePiece's
+    models it is a `Prepend` normalizer (of releases that do so after each control token, too: "legacy") or a setting
+    of `Metaspace`, of others a setting of `ByteLevel`.
+    """
+    fields = json.loads(backend.to_str())
+    normalizer = fields["normalizer"]
+    if normalizer and normalizer["type"] == "Prepend":
+        fields["normalizer"] = None
+    elif normalizer and normalizer["type"] == "Sequence":
+        normalizer["normalizers"] = [step for step in normalizer["normalizers"] if step["type"] != "Prepend"]
+    for step in _steps(fields["pre_tokenizer"]):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+        elif step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+    return type(backend).from_str(json.dumps(fields))
+
+
+def _steps(pre_tokenizer: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A pre-tokenizer's steps, as tokenizer.json describes them."""
+    if pre_tokenizer is None:
+        return
+    if pre_tokenizer["type"] != "Sequence":
+        yield pre_tokenizer
+        return
+    for step in pre_tokenizer["pretokenizers"]:
+        yield from _steps(step)
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:

@@ -154,16 +154,21 @@ class ChatTokenizer:
         )
 
     def refuses(self, conversation: Messages) -> str | None:
-        """What the template does wrong with a conversation: fails on it or leaves a turn's text out. None where it
-        does neither.
+        """What the template does wrong with a conversation: fails on it, leaves a turn's text out, or renders it in
+        another way once an answer follows. None where it does nothing of that.
         """
+        turns = ", ".join(message["role"] for message in conversation)
+        answer = {"role": "assistant", "content": _PROBES[1]}
         try:
             text = self._template.render(conversation, generation_prompt=True)
+            answered = self._template.render([*conversation, answer], generation_prompt=False)
         except TemplateRefusal as error:
-            return f"fails on a prompt with the turns {', '.join(m['role'] for m in conversation)} ({error})"
+            return f"fails on a prompt with the turns {turns} ({error})"
         for message in conversation:
             if message["content"].strip() not in text:
                 return f"leaves out the {message['role']} turn"
+        if not answered.startswith(text):
+            return f"renders a prompt with the turns {turns} in another way once an answer follows"
         return None
 
     def encode(self, prompts: Sequence[Messages], chosen: str, rejected: str) -> EncodedRecord:
@@ -224,6 +229,6 @@ class ChatTokenizer:
         self.end_of_turn_id = self._encoder.added[token]
         self._closing = ending[: start + len(token)]
         self._after_closing = ending[start + len(token) :]
-        if not self._encoder.settle(prompt, [text + token for text in _PROBES], token):
+        if not self._encoder.settle(prompt, [text + token for text in _PROBES]):
             raise DataError(f"{where}: joins a response's first characters with the prompt's last; not supported")
         (self.header,) = self._encoder.encode([prompt[prompt.rindex(question) + len(question) :]], inner=True)

@@ -20,7 +20,7 @@ def backend(tokenizer_dir):
 
 def settled(backend):
     encoder = TextEncoder(backend)
-    assert encoder.settle("<|im_start|>user\n", ["yes<|im_end|>", " no<|im_end|>"], "<|im_end|>")
+    assert encoder.settle("<|im_start|>user\n", ["yes<|im_end|>", " no<|im_end|>"])
     return encoder
 
 
