@@ -1,12 +1,12 @@
 # The commands of this repository. Each sets up .venv first; once that is done, this takes a fraction of a second.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format typecheck clean
+.PHONY: help setup demo certify test test-fast lint format typecheck clean
 
 PYTHON_IN_VENV := .venv/bin/python
 # Ranks and threads would fight for the cores: one thread per rank.
 export OMP_NUM_THREADS ?= 1
-# pytest's arguments: make test ARGS="-k noise"
+# Arguments of pytest or of tools/certify.py: make test ARGS="-k noise", make certify ARGS="--layouts tp2,cp2"
 ARGS ?=
 # Ranks of the demo: tp2, pp2, dp2 …
 LAYOUT ?= tp2
@@ -27,6 +27,9 @@ setup: ## make .venv with everything needed (skipped when it is there)
 
 demo: setup ## align a tiny model on three dimensions, end to end, on the CPU (LAYOUT=tp2|pp2|dp2)
 	@PATH="$$PWD/.venv/bin:$$PATH" LAYOUT="$(LAYOUT)" bash examples/quickstart.sh
+
+certify: setup ## show that one result comes out under every layout: runs/certificate/certificate.md
+	@$(PYTHON_IN_VENV) tools/certify.py $(ARGS)
 
 test: setup ## run the whole test suite
 	@$(PYTHON_IN_VENV) -m pytest --durations=15 $(ARGS)

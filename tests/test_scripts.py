@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["tools/prepare_preferences.py", "tools/convert_checkpoint.py", "examples/try_your_data.sh"]
+SCRIPTS = [
+    "tools/prepare_preferences.py",
+    "tools/convert_checkpoint.py",
+    "tools/certify.py",
+    "examples/try_your_data.sh",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

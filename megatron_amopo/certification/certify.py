@@ -145,7 +145,7 @@ class _Runs:
                 copies=copies,
                 seconds=time.monotonic() - start,
             )
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             return Outcome(layout, limits, seconds=time.monotonic() - start, failure=str(error).strip())
 
     def _prepare(self, problem: Problem) -> PreparedProblem:
