@@ -57,7 +57,10 @@ setup(
     extras_require={
         # FP8 and fused layers; the newest version that megatron-core 0.19 asks for is 2.14. Its torch part is compiled
         # on the spot, against the installed torch: README says how
-        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.14,<3"],
+        "gpu": [
+            "transformer-engine[core_cu13,pytorch]>=2.14,<3",
+            "triton>=3.6,<4",  # kernels of the LM head; torch's builds for CUDA bring it
+        ],
         "wandb": ["wandb>=0.19,<1"],  # `--wandb-project` of Megatron, which does not declare it
         "plots": ["matplotlib>=3.9,<4"],  # figures of the demo and of reports
         "dev": [

@@ -23,7 +23,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,7 +32,8 @@ from torch import Tensor
 from megatron_amopo.data.batching import GroupBatch
 from megatron_amopo.data.segments import Branch, PackedSegments
 from megatron_amopo.model.attention import PackedAttention
-from megatron_amopo.model.logprobs import DEFAULT_CHUNK_ROWS, response_logps
+from megatron_amopo.model.logprobs import DEFAULT_BUFFER_BYTES
+from megatron_amopo.model.response_head import ResponseHead
 from megatron_amopo.model.rotary import Llama3Scaling, PackedRotaryEmbedding
 
 
@@ -123,12 +123,15 @@ def build_model(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
+    if post_process:
+        # GPTModel makes its output layer itself. The class has no state of its own, so the layer stays what it is.
+        model.output_layer.__class__ = ResponseHead
     model.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, shape.rotary_base, shape.rope_scaling)
     return model
 
 
 def forward_logps(
-    model: torch.nn.Module, batch: GroupBatch, *, vocab_size: int, chunk_rows: int = DEFAULT_CHUNK_ROWS
+    model: torch.nn.Module, batch: GroupBatch, *, vocab_size: int, buffer_bytes: int = DEFAULT_BUFFER_BYTES
 ) -> Tensor:
     """Log-probabilities ``[N]`` of the batch's response tokens, float32; on an earlier pipeline stage the hidden states
     to hand on.
@@ -137,14 +140,14 @@ def forward_logps(
         model: of :func:`build_model`, possibly wrapped (data parallelism, mixed precision).
         batch: on the model's device.
         vocab_size: rows of the vocabulary without padding.
-        chunk_rows: see :func:`response_logps`.
+        buffer_bytes: working memory for logits, see :func:`megatron_amopo.model.logprobs.plan_blocks`.
     """
     return model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         attention_mask=None,
         packed_seq_params=batch.segments,
-        output_processor=partial(_response_head, vocab_size=vocab_size, chunk_rows=chunk_rows),
+        output_processor=partial(_response_head, vocab_size=vocab_size, buffer_bytes=buffer_bytes),
         output_processor_context=batch,
     )
 
@@ -174,24 +177,11 @@ def _response_head(
     output_weight: Tensor | None,
     context: GroupBatch,
     vocab_size: int,
-    chunk_rows: int,
+    buffer_bytes: int,
     **_: Any,
 ) -> Tensor:
-    """GPTModel's output processor: select the rows that predict response tokens, then the fused log-probabilities."""
-    tp_group = output_layer.tp_group
-    if output_layer.sequence_parallel:
-        # response_logps gives every rank the complete gradient, so the way back only splits it.
-        hidden_states = gather_from_sequence_parallel_region(
-            hidden_states, tensor_parallel_output_grad=False, group=tp_group
-        )
-    return response_logps(
-        hidden_states[:, 0].index_select(0, context.rows),
-        output_layer.weight if output_weight is None else output_weight,
-        context.targets,
-        tp_group=tp_group,
-        vocab_size=vocab_size,
-        chunk_rows=chunk_rows,
-    )
+    """GPTModel's output processor: the call of the output layer, which GPTModel would make for logits."""
+    return output_layer(hidden_states, output_weight, batch=context, vocab_size=vocab_size, buffer_bytes=buffer_bytes)
 
 
 def _layer_spec(

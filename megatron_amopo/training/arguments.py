@@ -22,7 +22,7 @@ from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError
 from megatron_amopo.model.builder import ModelShape
-from megatron_amopo.model.logprobs import DEFAULT_CHUNK_ROWS
+from megatron_amopo.model.logprobs import DEFAULT_BUFFER_BYTES
 from megatron_amopo.objectives import PAIRWISE_LOSSES, WEIGHTINGS, pairwise_parameters
 from megatron_amopo.training.checks import (
     check_before,
@@ -73,7 +73,7 @@ class RunConfig:
     num_samples: int | None  # records in all epochs
     eval_at_start: bool
     dump_logps: Path | None
-    head_chunk_rows: int
+    head_buffer_mib: int
     vocab_size: int  # without padding
     shape: ModelShape
     hf_folder: Path
@@ -115,10 +115,10 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="after an evaluation, write each validation record's log-probabilities (JSON lines)",
     )
     add(
-        "--amopo-head-chunk-rows",
+        "--amopo-head-buffer-mib",
         type=int,
-        default=DEFAULT_CHUNK_ROWS,
-        help="response tokens whose logits exist at a time (default: %(default)s)",
+        default=DEFAULT_BUFFER_BYTES // 2**20,
+        help="working memory for logits, which are made a block at a time (default: %(default)s MiB)",
     )
     parser.set_defaults(**DEFAULTS, **device.default_arguments())
     return parser
@@ -181,7 +181,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         num_samples=num_samples,
         eval_at_start=args.amopo_eval_at_start,
         dump_logps=args.amopo_dump_logps,
-        head_chunk_rows=args.amopo_head_chunk_rows,
+        head_buffer_mib=args.amopo_head_buffer_mib,
         vocab_size=args.vocab_size,
         shape=ModelShape.of(shape, rope_scaling(hf_config), padded_vocab_size=args.padded_vocab_size),
         hf_folder=hf_folder,

@@ -28,7 +28,7 @@ _LEAST = {
     "seed": 1,
     "amopo_seed": 0,
     "amopo_epochs": 1,
-    "amopo_head_chunk_rows": 1,
+    "amopo_head_buffer_mib": 1,
     "amopo_ftx_gamma": 0,
 }
 

@@ -48,7 +48,7 @@ class Step:
         part = part.to(device.current_device())
         timer.stop()
         output = forward_logps(
-            model, part.batch, vocab_size=self.config.vocab_size, chunk_rows=self.config.head_chunk_rows
+            model, part.batch, vocab_size=self.config.vocab_size, buffer_bytes=self.config.head_buffer_mib * 2**20
         )
         evaluated = None if model.training else self.evaluated
         return output, partial(loss_and_metrics, part, cp_group, self.config, evaluated)

@@ -67,7 +67,7 @@ FLAGS = {
     "gamma of orpo": (["--amopo-pairwise", "orpo", "--amopo-gamma", "1"], 1, "pairwise loss 'orpo' has no gamma"),
     "beta": (["--amopo-beta", "0"], 1, "--amopo-beta is 0.0"),
     "ftx": (["--amopo-ftx-gamma", "-1"], 1, "--amopo-ftx-gamma is -1.0"),
-    "chunk": (["--amopo-head-chunk-rows", "0"], 1, "--amopo-head-chunk-rows is 0"),
+    "head": (["--amopo-head-buffer-mib", "0"], 1, "--amopo-head-buffer-mib is 0"),
     "dimension": (["--amopo-dimensions", "general,beauty"], 1, "no dimension 'beauty'"),
     "more ranks than layout": (
         ["--tensor-model-parallel-size", "2"],

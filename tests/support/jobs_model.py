@@ -5,14 +5,13 @@ without a training run.
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_amopo.data.batching import pack
-from megatron_amopo.data.groups import TokenizedGroup
+from megatron_amopo.data.groups import Sharing, TokenizedGroup
 
 
 @contextlib.contextmanager
@@ -32,6 +31,9 @@ def packed_logps(
     tp: int = 1,
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
+    sharing: Sharing = "tree",
+    pad_to_multiple_of: int | None = None,
+    padding_id: int = 0,
 ) -> list[Tensor]:
     """``forward_logps`` of each micro-batch under the weights of a converted checkpoint; one ``[N]`` tensor per
     micro-batch.
@@ -64,73 +66,11 @@ def packed_logps(
             results = []
             for groups in batches:
                 noise = torch.zeros(len(groups), len(groups[0].prompts), 2)
-                batch = pack(groups, noise, [True] * len(groups), pad_to_multiple_of=2 * tp)
+                multiple = pad_to_multiple_of or 2 * tp
+                batch = pack(groups, noise, [True] * len(groups), sharing=sharing, pad_to_multiple_of=multiple)
+                batch.input_ids[:, batch.num_tokens :] = padding_id
                 with torch.no_grad():
-                    results.append(forward_logps(model, batch, vocab_size=shape["vocab_size"], chunk_rows=37))
+                    results.append(forward_logps(model, batch, vocab_size=shape["vocab_size"], buffer_bytes=2**14))
             return results
         finally:
             parallel_state.destroy_model_parallel()
-
-
-def head_and_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lengths: Tensor,
-    noise: Tensor,
-    incoming: Tensor,
-    vocab_size: int,
-    chunk_rows: int,
-) -> dict[str, Any]:
-    """``response_logps`` and the group loss on this rank's slice of ``weight``, with the gradients of Σ incoming ·
-    logps and Σ loss.
-    """
-    from megatron_amopo.model import response_logps
-    from megatron_amopo.objectives import amopo_loss
-    from megatron_amopo.objectives.statistics import response_statistics
-
-    with process_group() as group:
-        rows = weight.shape[0] // group.size()
-        hidden = hidden.clone().requires_grad_()
-        local = weight[group.rank() * rows : (group.rank() + 1) * rows].clone().requires_grad_()
-
-        def logps() -> Tensor:
-            return response_logps(hidden, local, targets, tp_group=group, vocab_size=vocab_size, chunk_rows=chunk_rows)
-
-        values = logps()
-        logps_gradients = torch.autograd.grad(values, (hidden, local), incoming.to(values.dtype))
-        stats = response_statistics(logps(), lengths)
-        loss = amopo_loss(stats.sum_logps, lengths, stats.prob_mean, stats.prob_std, noise).loss
-        loss_incoming = torch.linspace(0.5, -2.0, loss.shape[0], dtype=loss.dtype)
-        loss_gradients = torch.autograd.grad(loss, (hidden, local), loss_incoming)
-        return {
-            "logps": values.detach(),
-            "loss": loss.detach(),
-            "logps_gradients": logps_gradients,
-            "loss_gradients": loss_gradients,
-        }
-
-
-def collectives_of_the_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, list]:
-    """Which collectives one forward and backward pass of the head issues: (operation, number of elements)."""
-    from megatron_amopo.model import response_logps
-
-    calls: dict[str, list] = {"forward": [], "backward": []}
-    with process_group() as group:
-        rows = weight.shape[0] // group.size()
-        hidden = hidden.clone().requires_grad_()
-        local = weight[group.rank() * rows : (group.rank() + 1) * rows].clone().requires_grad_()
-        original, phase = dist.all_reduce, "forward"
-
-        def counting(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **options: Any) -> Any:
-            calls[phase].append((str(op).rsplit(".", 1)[-1], tuple(tensor.shape)))
-            return original(tensor, op=op, **options)
-
-        dist.all_reduce = counting
-        try:
-            values = response_logps(hidden, local, targets, tp_group=group, chunk_rows=5)
-            phase = "backward"
-            values.sum().backward()
-        finally:
-            dist.all_reduce = original
-    return calls
