@@ -30,6 +30,8 @@ MOVED_FACTOR = 10.0
 #: In bf16, against the references in full precision: a few times 2⁻⁸, what the type resolves. Weights are compared as
 #: the model holds them, rounded, hence no limit for the distance that they moved.
 BF16_LIMITS = Errors(loss=0.02, grad=0.05, weight=0.005, moved=float("inf"), adam_loss=0.02)
+#: Ranks that hold the same tensor have computed it in the same way, in any precision.
+COPIES_LIMIT = 1e-5
 
 Job = Callable[..., TrainedRun]
 OpenPool = Callable[..., AbstractContextManager[RankPool]]
@@ -57,7 +59,7 @@ class Outcome:
     def exceeded(self) -> list[str]:
         """What is above its limit; empty for a layout that failed."""
         kinds = [] if self.worst is None else self.worst.exceeded(self.limits)
-        return kinds + (["copies"] if self.copies > self.limits.grad else [])
+        return kinds if self.copies <= COPIES_LIMIT else [*kinds, "copies"]
 
     @property
     def passed(self) -> bool:
@@ -103,7 +105,7 @@ def certify(
             if not chosen:
                 continue
             with open_pool(max(layout.ranks for layout in chosen), gpus=gpus) as pool:
-                runs = _Runs(pool, Path(folder) / ("gpu" if gpus else "cpu"), steps, tolerance, job)
+                runs = _Runs(pool, folder, steps, tolerance, job)
                 for layout in chosen:
                     bar.set_description(layout.name)
                     outcomes.append(runs.outcome(layout))
@@ -114,9 +116,8 @@ def certify(
 class _Runs:
     """The runs over one pool of ranks. What several layouts need is kept."""
 
-    def __init__(self, pool: RankPool, folder: Path, steps: int, tolerance: float, job: Job):
+    def __init__(self, pool: RankPool, folder: str, steps: int, tolerance: float, job: Job):
         self._pool, self._folder, self._steps, self._tolerance, self._job = pool, folder, steps, tolerance, job
-        self._num_runs = 0
         self._prepared = cache(self._prepare)
         self._kept_run = cache(self._run)
         self._plain = cache(self._plain_run)
@@ -149,12 +150,11 @@ class _Runs:
             return Outcome(layout, limits, seconds=time.monotonic() - start, failure=str(error).strip())
 
     def _prepare(self, problem: Problem) -> PreparedProblem:
-        return prepare_problem(problem, self._folder / f"problem-{self._prepared.cache_info().currsize}")
+        return prepare_problem(problem, Path(tempfile.mkdtemp(prefix="problem-", dir=self._folder)))
 
     def _run(self, layout: Layout, optimizer: Optimizer) -> tuple[Result, float]:
         """What a layout comes to, and how far its copies differ."""
-        self._num_runs += 1
-        output = self._folder / f"run-{self._num_runs}"
+        output = Path(tempfile.mkdtemp(prefix="run-", dir=self._folder))
         problem = self._prepared(layout.problem)
         flags = [*problem.flags(output, self._steps), *optimizer.flags, *layout.flags]
         run = self._pool.run(self._job, layout.ranks, flags, want_tensors=optimizer is not ADAM)[0]

@@ -23,7 +23,7 @@ def run(ranks, output, layouts, job=train):
 
 
 def test_certificate(ranks, tmp_path):
-    names = ["one-rank", "tp2", "cp2-dp2-distributed-optimizer", "2-dimensions-pp2", "bf16-tp2-sp"]
+    names = ["tp2", "cp2-dp2-distributed-optimizer", "bf16-tp2-sp"]
     code, entries, page = run(ranks, tmp_path, ",".join(names))
     assert code == 0
     assert list(entries) == names
@@ -33,7 +33,7 @@ def test_certificate(ranks, tmp_path):
         assert entries[name]["against_plain"]["grad"] > 0  # two computations, not one with itself
     assert entries["bf16-tp2-sp"]["grad_error"] > 1e-4  # it did compute in bf16
     assert entries["bf16-tp2-sp"]["plain_bf16_against_plain"]["grad"] > 1e-4
-    assert "**5 of 5 layouts passed.**" in page
+    assert "**3 of 3 layouts passed.**" in page
     assert all(f"| {name} |" in page for name in names)
     assert sorted(path.name for path in tmp_path.iterdir()) == [JSON, MARKDOWN]
 
