@@ -36,17 +36,14 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
     """``torchrun … -m megatron_amopo.training.train FLAGS`` within this process, through Megatron's ``pretrain``."""
     from megatron.training import training
 
-    from megatron_amopo.training.arguments import parse_arguments
-    from megatron_amopo.training.run_record import check_resumed_run
-    from megatron_amopo.training.train import run
+    from megatron_amopo.training.train import prepare, run
 
     sys.argv = ["train", *flags]
     captured: dict[str, Any] = {}
     errors: dict[str, float] = {}
     printed = io.StringIO()
-    with _clean_megatron(), contextlib.redirect_stdout(printed):
-        args, config = parse_arguments()
-        check_resumed_run(args, config)
+    with clean_megatron(), contextlib.redirect_stdout(printed):
+        args, config = prepare()
         if want_tensors:
             args.save_wgrads_interval = 1
 
@@ -83,7 +80,7 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
 
 
 @contextlib.contextmanager
-def _clean_megatron() -> Iterator[None]:
+def clean_megatron() -> Iterator[None]:
     """Megatron keeps its state in globals; leave none of it to the next job."""
     from megatron.core.parallel_state import destroy_model_parallel
     from megatron.training import checkpointing, training

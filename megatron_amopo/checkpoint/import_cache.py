@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_amopo.checkpoint.output_folder import sync_folder
 from megatron_amopo.errors import CheckpointError, ConfigError
 
 ENTRY_FORMAT = 1
@@ -44,6 +45,7 @@ CACHE_VARIABLE = "AMOPO_HF_CACHE"
 
 # Weights, configuration, tokenizer: what a conversion reads or copies.
 _READ_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
+_MORE_TEMPLATES = "additional_chat_templates"
 _LONGEST_HEADER = 100 * 10**6  # bytes; safetensors allows no longer one
 _POLL_S = 0.5
 _REMIND_S = 120.0
@@ -75,7 +77,7 @@ def entry_name(source: Path) -> str:
     """
     facts = hashlib.sha256(f"entry format {ENTRY_FORMAT}\n".encode())
     try:
-        for path in sorted(source.iterdir()):
+        for path in sorted([*source.iterdir(), *(source / _MORE_TEMPLATES).glob("*")]):
             if path.suffix not in _READ_SUFFIXES or not path.is_file():
                 continue
             status = path.stat()
@@ -229,6 +231,7 @@ def _publish(checkpoint: Path, entry: Path) -> None:
     """Give a finished checkpoint its name, unless a machine that our lock didn't reach has been quicker."""
     try:
         checkpoint.rename(entry)
+        sync_folder(entry.parent)
     except OSError as error:
         if not _is_there(entry):
             raise CheckpointError(f"{entry}: can't be written ({error.strerror})") from error

@@ -32,6 +32,7 @@ from megatron_amopo.training.checks import (
     check_shape,
     check_tokenizer,
 )
+from megatron_amopo.training.hugging_face import HfStart, add_hugging_face_arguments, check_export, find_hf_start
 from megatron_amopo.training.supported_flags import Flag, check_flags, read_flags
 
 #: Where this project departs from Megatron's own defaults, by the names of its argument namespace.
@@ -76,7 +77,9 @@ class RunConfig:
     head_buffer_mib: int
     vocab_size: int  # without padding
     shape: ModelShape
-    hf_folder: Path
+    hf_start: HfStart | None  # None: from a Megatron checkpoint
+    hf_folder: Path  # config and tokenizer, beside the checkpoint
+    export_hf: Path | None
     data_sha256: str
 
 
@@ -120,6 +123,7 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         default=DEFAULT_BUFFER_BYTES // 2**20,
         help="working memory for logits, which are made a block at a time (default: %(default)s MiB)",
     )
+    add_hugging_face_arguments(group)
     parser.set_defaults(**DEFAULTS, **device.default_arguments())
     return parser
 
@@ -139,14 +143,20 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
 
     args = parse_args(extra_arguments)
     check_before(args)
-    checkpoint = check_checkpoint(args)
-    hf_folder = checkpoint / "hf"
+    hf_start = find_hf_start(args)
+    if hf_start is None:
+        checkpoint = check_checkpoint(args)
+        hf_folder = checkpoint / "hf"
+    else:  # all else is checked before the weights are imported
+        checkpoint = hf_folder = hf_start.source
+        args.pretrained_checkpoint = str(hf_start.entry)
     hf_config = read_config(hf_folder)
     shape = megatron_arguments(hf_config)
     check_flags(args, flags, shape)
     _set_shape(args, shape, {flag.name: flag.default for flag in flags}, hf_folder)
     check_shape(args)
     check_outputs(args, checkpoint)
+    check_export(args)
     groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
     check_tokenizer(groups.manifest, args.amopo_data, hf_folder, args.vocab_size)
     limit = longest_sequence(hf_config)
@@ -184,7 +194,9 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         head_buffer_mib=args.amopo_head_buffer_mib,
         vocab_size=args.vocab_size,
         shape=ModelShape.of(shape, rope_scaling(hf_config), padded_vocab_size=args.padded_vocab_size),
-        hf_folder=hf_folder,
+        hf_start=hf_start,
+        hf_folder=hf_folder if hf_start is None else hf_start.entry / "hf",
+        export_hf=args.amopo_export_hf,
         data_sha256=groups.manifest.data_sha256,
     )
     pairwise_parameters(config.pairwise, beta=config.beta, gamma=config.gamma)

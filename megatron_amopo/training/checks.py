@@ -87,8 +87,8 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
     ]
     if not sources:
         raise ConfigError(
-            "nothing to start from: give --pretrained-checkpoint DIR (made by tools/convert_checkpoint.py "
-            "hf-to-megatron) or --load DIR"
+            "nothing to start from: give --amopo-hf-model DIR (a Hugging Face folder), --pretrained-checkpoint DIR "
+            "(made by tools/convert_checkpoint.py hf-to-megatron) or --load DIR"
         )
     for flag, folder in sources:
         if (folder / "latest_checkpointed_iteration.txt").is_file():
@@ -101,8 +101,8 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
     for flag, folder in sources:
         if (folder / "config.json").is_file():
             raise ConfigError(
-                f"{flag} {folder} holds no checkpoint of Megatron's: it is a Hugging Face folder. Convert it with "
-                "tools/convert_checkpoint.py hf-to-megatron"
+                f"{flag} {folder} holds no checkpoint of Megatron's: it is a Hugging Face folder. Give it as "
+                "--amopo-hf-model instead"
             )
     raise ConfigError(
         ", ".join(f"{flag} {folder} holds no checkpoint" for flag, folder in sources)
@@ -175,6 +175,7 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
             )
     folders = [("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)]
     folders.append(("--amopo-dump-logps", args.amopo_dump_logps and args.amopo_dump_logps.parent))
+    folders.append(("--amopo-export-hf", args.amopo_export_hf and args.amopo_export_hf.parent))
     for flag, folder in folders:
         if folder is None:
             continue

@@ -37,11 +37,13 @@ from megatron.training.global_vars import (
     set_global_variables,
 )
 
+from megatron_amopo.checkpoint.import_cache import ImportFailed
 from megatron_amopo.data.batching import MicroBatches, SampleOrder
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.errors import AmopoError
 from megatron_amopo.model.builder import build_model
 from megatron_amopo.training.arguments import RunConfig, open_validation, parse_arguments
+from megatron_amopo.training.hugging_face import export_last_step
 from megatron_amopo.training.metrics import EvaluatedResponses
 from megatron_amopo.training.recorder import EVALUATION_FILE, METRICS_FILE, Recorder
 from megatron_amopo.training.run_record import check_resumed_run, write_run_record
@@ -53,18 +55,47 @@ def main() -> None:
     mend.
     """
     try:
-        args, config = parse_arguments()
-        check_resumed_run(args, config)
+        args, config = prepare()
     except AmopoError as error:
-        # All ranks of a machine find the same error; one says it. Another machine may lack what this one has.
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        # All ranks of a machine find the same error; one says it, or the one that alone knows why an import failed.
+        # Another machine may lack what this one has.
+        if _is_first_here() or isinstance(error, ImportFailed):
             where = f" ({platform.node()})" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    run(args, config)
+    try:
+        run(args, config)
+    except SystemExit as stop:  # Megatron's way to stop early, as asked by --exit-interval and the like
+        if stop.code:
+            raise
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    if config.export_hf is not None and args.rank == 0:
+        try:
+            export_last_step(config.export_hf, Path(args.save), args.train_iters)
+        except AmopoError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+
+def prepare() -> tuple[Namespace, RunConfig]:
+    """Everything before the first process group: arguments, checks, and the weights where they lie in a Hugging Face
+    folder.
+
+    Raises:
+        AmopoError: something can't be run.
+    """
+    args, config = parse_arguments()
+    check_resumed_run(args, config)
+    if config.hf_start is not None:
+        config.hf_start.import_weights(quiet=not _is_first_here())
+    return args, config
+
+
+def _is_first_here() -> bool:
+    """Whether this is the first rank of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def run(args: Namespace, config: RunConfig) -> None:

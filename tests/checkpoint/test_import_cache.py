@@ -100,7 +100,7 @@ def test_the_name_says_what_it_is(source: Path, tmp_path: Path) -> None:
     assert entry_name(hub / "0123abc").startswith("Qwen--Qwen2.5-7B-")
 
 
-@pytest.mark.parametrize("change", ["config", "header", "size", "time", "tokenizer", "new shard", "format"])
+@pytest.mark.parametrize("change", ["config", "header", "size", "time", "tokenizer", "template", "new shard", "format"])
 def test_a_changed_folder_has_another_name(source: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before, weights = entry_name(source), source / "model.safetensors"
     status = weights.stat()
@@ -118,6 +118,9 @@ def test_a_changed_folder_has_another_name(source: Path, change: str, monkeypatc
         os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     elif change == "tokenizer":
         (source / "tokenizer.json").write_text('{"a": 1}')
+    elif change == "template":
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     elif change == "new shard":
         (source / "model-00002.safetensors").write_bytes(b"")
     else:

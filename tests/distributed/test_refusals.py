@@ -119,11 +119,32 @@ def test_missing_pieces(ranks, workplace, tmp_path):
             [*data, "--pretrained-checkpoint", str(tmp_path), *BASE],
             f"--pretrained-checkpoint {tmp_path} holds no checkpoint",
         ),
-        ([*data, "--pretrained-checkpoint", str(workplace.hf), *BASE], "it is a Hugging Face folder"),
+        ([*data, "--pretrained-checkpoint", str(workplace.hf), *BASE], "Give it as --amopo-hf-model instead"),
         ([*model, "--amopo-data", str(tmp_path / "none"), *BASE], f"no prepared data at {tmp_path / 'none'}"),
         ([*model, "--amopo-data", str(tmp_path), *BASE], "manifest.json"),
     ]:
         assert message in ranks.run(refusal, 1, flags)[0]
+
+
+def test_hugging_face_folders_at_both_ends(ranks, workplace, tmp_path):
+    """Refused before anything is imported or trained; tests/training/test_hugging_face.py has the other cases."""
+    data, cache = ["--amopo-data", str(workplace.data)], ["--amopo-hf-cache", str(tmp_path / "cache")]
+    start, save = ["--amopo-hf-model", str(workplace.hf)], ["--save", str(tmp_path / "run")]
+    export = ["--amopo-export-hf", str(tmp_path / "aligned")]
+    for flags, message in [
+        (
+            [*start, "--pretrained-checkpoint", str(workplace.mcore)],
+            "--amopo-hf-model and --pretrained-checkpoint both",
+        ),
+        ([*start, "--num-layers", "7"], f"--num-layers 7 contradicts {workplace.hf / 'config.json'}"),
+        ([*start, *export], "--amopo-export-hf needs --save"),
+        ([*start, *save, *export, "--tensorboard-dir", export[1]], "--amopo-export-hf"),
+        ([*start, *save, *export, "--skip-train"], "--amopo-export-hf with --skip-train"),
+        ([*start, *save, *export], ""),
+    ]:
+        assert ranks.run(refusal, 1, [*data, *cache, *flags, *BASE])[0].startswith(message)
+        (tmp_path / "aligned").rmdir() if (tmp_path / "aligned").exists() else None
+    assert not (tmp_path / "cache").exists()
 
 
 def test_half_a_checkpoint(ranks, workplace, tmp_path):

@@ -1,9 +1,27 @@
-"""Jobs for :class:`megatron_amopo.certification.ranks.RankPool` that ask the training command without training."""
+"""Jobs for :class:`megatron_amopo.certification.ranks.RankPool` that start the training command, or ask it without
+training."""
 
+import contextlib
+import io
 import sys
 from typing import Any
 
 import torch
+
+
+def command(flags: list[str]) -> tuple[int, str, str]:
+    """``torchrun … -m megatron_amopo.train FLAGS`` within this process: exit code, standard output, standard error."""
+    from megatron_amopo.certification.observed_run import clean_megatron
+    from megatron_amopo.training.train import main
+
+    sys.argv = ["train", *flags]
+    code, printed, errors = 0, io.StringIO(), io.StringIO()
+    with clean_megatron(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, printed.getvalue(), errors.getvalue()
 
 
 def refusal(flags: list[str], *, world_size: int = 1) -> str:
