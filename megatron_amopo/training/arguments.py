@@ -18,8 +18,11 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron_amopo import device
 from megatron_amopo.checkpoint.families import longest_sequence, megatron_arguments, rope_scaling
 from megatron_amopo.checkpoint.hf import read_config
+from megatron_amopo.data.batching import SampleOrder
 from megatron_amopo.data.dataset import PreparedGroups
+from megatron_amopo.data.groups import SHARINGS, Sharing
 from megatron_amopo.data.manifest import Manifest
+from megatron_amopo.data.planning import GlobalBatches
 from megatron_amopo.errors import ConfigError
 from megatron_amopo.model.builder import ModelShape
 from megatron_amopo.model.logprobs import DEFAULT_BUFFER_BYTES
@@ -72,6 +75,8 @@ class RunConfig:
     num_epochs: int | None  # None: as many as --train-iters take
     global_batch_size: int
     num_samples: int | None  # records in all epochs
+    sharing: Sharing
+    max_tokens: int | None  # of a micro-batch; None where --micro-batch-size was given
     eval_at_start: bool
     dump_logps: Path | None
     head_buffer_mib: int
@@ -110,6 +115,19 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--amopo-epochs", type=int, help="passes over the training records; instead of --train-iters or --train-samples"
     )
     add("--amopo-seed", type=int, help="of record order and weight noise (default: --seed)")
+    add(
+        "--amopo-max-tokens-per-micro-batch",
+        type=int,
+        metavar="N",
+        help="as many records in a micro-batch as stay below it in every step, instead of --micro-batch-size",
+    )
+    add(
+        "--amopo-share-prefixes",
+        choices=list(SHARINGS),
+        default="tree",
+        help="what is computed once: nothing, a prompt for its two responses, or also the start that all prompts of a "
+        "record share (default: %(default)s)",
+    )
     add("--amopo-eval-at-start", action="store_true", help="evaluate before the first step, too")
     add(
         "--amopo-dump-logps",
@@ -161,13 +179,16 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     check_tokenizer(groups.manifest, args.amopo_data, hf_folder, args.vocab_size)
     limit = longest_sequence(hf_config)
     check_data(groups, limit)
-    if (validation := open_validation(args.amopo_data, groups.dimensions)) is not None:
+    validation = open_validation(args.amopo_data, groups.dimensions)
+    if validation is not None:
         check_data(validation, limit)
 
     data_parallel_size = args.world_size // (
         args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     )
     num_samples = _set_lengths(args, groups, data_parallel_size)
+    if args.amopo_max_tokens_per_micro_batch is not None:
+        _set_micro_batch_sizes(args, groups, validation, num_samples, data_parallel_size)
     try:
         validate_args(args)
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
@@ -185,10 +206,12 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         gamma=args.amopo_gamma,
         ftx_gamma=args.amopo_ftx_gamma,
         weighting=args.amopo_weighting,
-        noise_seed=args.seed if args.amopo_seed is None else args.amopo_seed,
+        noise_seed=_seed(args),
         num_epochs=args.amopo_epochs,
         global_batch_size=args.global_batch_size,
         num_samples=num_samples,
+        sharing=args.amopo_share_prefixes,
+        max_tokens=args.amopo_max_tokens_per_micro_batch,
         eval_at_start=args.amopo_eval_at_start,
         dump_logps=args.amopo_dump_logps,
         head_buffer_mib=args.amopo_head_buffer_mib,
@@ -201,6 +224,10 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     )
     pairwise_parameters(config.pairwise, beta=config.beta, gamma=config.gamma)
     return args, config
+
+
+def _seed(args: argparse.Namespace) -> int:
+    return args.seed if args.amopo_seed is None else args.amopo_seed
 
 
 def _dimension_names(args: argparse.Namespace) -> list[str] | None:
@@ -248,6 +275,37 @@ def _set_lengths(args: argparse.Namespace, groups: PreparedGroups, data_parallel
     args.eval_interval = args.eval_interval or NEVER
     args.save_interval = args.save_interval or (NEVER if args.save else None)
     return num_samples
+
+
+def _set_micro_batch_sizes(
+    args: argparse.Namespace,
+    groups: PreparedGroups,
+    validation: PreparedGroups | None,
+    num_samples: int | None,
+    dp_size: int,
+) -> None:
+    """Fill in the micro-batch sizes that keep to --amopo-max-tokens-per-micro-batch in every step.
+
+    Megatron wants one number of micro-batches for all steps, so the step with the longest records decides.
+    """
+    budget = args.amopo_max_tokens_per_micro_batch
+    interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    # What Megatron's interleaved schedule needs, in training as in evaluation.
+    least = max(args.pipeline_model_parallel_size, args.microbatch_group_size_per_vp_stage or 0) if interleaved else 1
+
+    def within(groups: PreparedGroups, num_samples: int, global_batch_size: int, shuffle: bool) -> int:
+        order = SampleOrder(len(groups), _seed(args), shuffle)
+        tokens = groups.packed_tokens(args.amopo_share_prefixes)
+        batches = GlobalBatches(tokens, order, num_samples, global_batch_size, dp_size)
+        return batches.micro_batch_size_within(budget, least_micro_batches=least)
+
+    if num_samples is None:
+        num_samples = args.train_samples or args.train_iters * args.global_batch_size
+    args.micro_batch_size = 1 if args.skip_train else within(groups, num_samples, args.global_batch_size, True)
+    args.eval_micro_batch_size = args.micro_batch_size
+    if validation is not None:
+        batch = args.eval_global_batch_size or args.global_batch_size
+        args.eval_micro_batch_size = within(validation, len(validation), batch, False)
 
 
 def open_validation(data: Path, dimensions: Sequence[str]) -> PreparedGroups | None:

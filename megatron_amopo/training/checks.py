@@ -21,6 +21,7 @@ _LEAST = {
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
     "micro_batch_size": 1,
+    "amopo_max_tokens_per_micro_batch": 1,
     "global_batch_size": 1,
     "eval_micro_batch_size": 1,
     "eval_global_batch_size": 1,
@@ -37,8 +38,7 @@ def check_before(args: argparse.Namespace) -> None:
     """What can be told from the flags alone, before any file is read."""
     if args.amopo_data is None:
         raise ConfigError("--amopo-data is missing: give the folder that tools/prepare_preferences.py wrote")
-    if args.micro_batch_size is None:
-        raise ConfigError("--micro-batch-size is missing: groups (records) per micro-batch, on average")
+    _check_micro_batches(args)
     for name, least in _LEAST.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
@@ -67,13 +67,33 @@ def check_before(args: argparse.Namespace) -> None:
     dp = args.world_size // (tp * pp * cp)
     for prefix in ("", "eval_"):
         global_batch = getattr(args, f"{prefix}global_batch_size")
-        micro_batch = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size
+        # With a budget of tokens any size that divides a rank's share can be chosen.
+        micro_batch = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size or 1
         if global_batch is not None and global_batch % (micro_batch * dp):
             flag = prefix.replace("_", "-")
             raise ConfigError(
                 f"--{flag}global-batch-size {global_batch} is not a multiple of --{flag}micro-batch-size {micro_batch} "
                 f"× {dp} data-parallel rank(s)"
             )
+
+
+def _check_micro_batches(args: argparse.Namespace) -> None:
+    """Whether one thing, and one only, says how large a micro-batch is."""
+    if args.amopo_max_tokens_per_micro_batch is None:
+        if args.micro_batch_size is None:
+            raise ConfigError(
+                "--micro-batch-size is missing: groups (records) per micro-batch, on average (or give "
+                "--amopo-max-tokens-per-micro-batch)"
+            )
+        return
+    for name in ("micro_batch_size", "eval_micro_batch_size"):
+        if getattr(args, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} and --amopo-max-tokens-per-micro-batch both say how large a micro-batch "
+                "is; give one"
+            )
+    if args.global_batch_size is None:
+        raise ConfigError("--global-batch-size is missing: --amopo-max-tokens-per-micro-batch splits it")
 
 
 def check_checkpoint(args: argparse.Namespace) -> Path:

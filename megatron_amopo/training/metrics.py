@@ -62,7 +62,12 @@ def group_metrics(
         response_tokens = torch.where(batch.counted.any(), batch.lengths.sum().float(), 0.0)
         total = torch.where(batch.counted, loss_G.detach().float(), 0.0).sum()
 
-        metrics = {"loss": total, "tokens_per_record": tokens, "response_tokens_per_record": response_tokens}
+        metrics = {
+            "loss": total,
+            "tokens_per_record": tokens,
+            "response_tokens_per_record": response_tokens,
+            "imbalance": count * batch.imbalance,
+        }
         for kind, sums_D in zip(kinds, sums_KD, strict=True):
             metrics.update({f"{kind}/{name}": value for name, value in zip(dimensions, sums_D, strict=True)})
         return {name: torch.stack([value, count]) for name, value in metrics.items()}

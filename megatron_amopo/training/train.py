@@ -45,6 +45,7 @@ from megatron_amopo.model.builder import build_model
 from megatron_amopo.training.arguments import RunConfig, open_validation, parse_arguments
 from megatron_amopo.training.hugging_face import export_last_step
 from megatron_amopo.training.metrics import EvaluatedResponses
+from megatron_amopo.training.plan import describe_run
 from megatron_amopo.training.recorder import EVALUATION_FILE, METRICS_FILE, Recorder
 from megatron_amopo.training.run_record import check_resumed_run, write_run_record
 from megatron_amopo.training.step import Step
@@ -145,6 +146,7 @@ def _datasets_provider(config: RunConfig) -> Callable[..., tuple]:
             "dp_rank": mpu.get_data_parallel_rank(with_context_parallel=False),
             "dp_size": mpu.get_data_parallel_world_size(with_context_parallel=False),
             "noise_seed": config.noise_seed,
+            "sharing": config.sharing,
             # Context parallelism splits the tokens evenly, then sequence parallelism each rank's part.
             "pad_to_multiple_of": args.context_parallel_size
             * (args.tensor_model_parallel_size if args.sequence_parallel else 1),
@@ -159,7 +161,7 @@ def _datasets_provider(config: RunConfig) -> Callable[..., tuple]:
             **common,
         )
         if vp_stage in (None, 0):
-            print_rank_0(_plan(args, config, len(train_groups)))
+            print_rank_0(describe_run(args, config, train_groups, common["dp_size"]))
         valid_groups = open_validation(config.data, config.dimensions)
         if valid_groups is None:
             return train, None, None
@@ -177,21 +179,6 @@ def _datasets_provider(config: RunConfig) -> Callable[..., tuple]:
 
     provide.is_distributed = True  # type: ignore[attr-defined]
     return provide
-
-
-def _plan(args: Namespace, config: RunConfig, num_records: int) -> str:
-    """What the run is going to read, in one line."""
-    batch = args.global_batch_size
-    text = f"> {num_records:,} training records, {len(config.dimensions)} dimensions ({', '.join(config.dimensions)}); "
-    if config.num_samples is None:
-        epochs = args.train_iters * batch / num_records if args.train_iters else 0
-        return text + f"{args.train_iters} steps of {batch} records, {epochs:.2f} epochs"
-    last = config.num_samples - (args.train_iters - 1) * batch
-    return (
-        text
-        + f"{config.num_epochs} epochs = {config.num_samples:,} samples, {args.train_iters} steps of {batch} records"
-        + (f"; the last step has {last}" if last != batch else "")
-    )
 
 
 class _OurHooks:

@@ -190,6 +190,32 @@ def test_ranks_and_micro_batches_share_each_global_batch(prepared):
             assert sorted(records(batches)) == sorted(expected[start : start + 8])
 
 
+@pytest.mark.parametrize("num_samples", [16, 19, 22, 25, 41])
+@pytest.mark.parametrize(("size", "micro", "count"), [(1, 2, 4), (2, 1, 4), (4, 1, 2), (2, 2, 2), (3, 1, 3)])
+def test_ranks_agree_on_the_number_of_micro_batches(prepared, num_samples, size, micro, count):
+    """Every rank takes the same number in every step, the incomplete last one too; records aren't lost or repeated for
+    it.
+    """
+    ranks = [
+        list(stream(prepared, rank=rank, size=size, micro=micro, count=count, num_samples=num_samples))
+        for rank in range(size)
+    ]
+    steps = -(-num_samples // (size * micro * count))
+    assert [len(batches) for batches in ranks] == [steps * count] * size
+    expected = PreparedGroups.open(prepared).record_ids[SampleOrder(22, 5)(range(num_samples))[0]]
+    assert sorted(itertools.chain(*map(records, ranks))) == sorted(expected.tolist())
+    assert len({batch.imbalance for batches in ranks for batch in batches[:count]}) == 1
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_the_stream_shares_what_it_is_told_to(prepared, sharing):
+    batch = next(stream(prepared, count=1, micro=8, sharing=sharing))
+    groups = PreparedGroups.open(prepared)
+    place = {record: index for index, record in enumerate(groups.record_ids.tolist())}
+    chosen = [place[record] for record in batch.record_ids.tolist()]
+    assert batch.num_tokens == groups.packed_tokens(sharing)[chosen].sum()
+
+
 def test_a_resumed_stream_goes_on(prepared):
     whole = list(itertools.islice(stream(prepared), 16))
     resumed = list(itertools.islice(stream(prepared, consumed_samples=24), 4))

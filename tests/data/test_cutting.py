@@ -82,6 +82,20 @@ def test_never_an_empty_response_nor_an_empty_prompt(prompt_tokens, response_tok
     assert problem.value.reason == reason
 
 
+def test_a_question_is_cut_in_front_of_what_follows_it():
+    """Two prompts begin with the same question of 50 tokens and go on with 10 and 14 of their own."""
+    prompts = [np.concatenate([ids(0, 50), ids(300 + 50 * d, n), HEADER]) for d, n in enumerate((10, 14))]
+    kept = cut_pairs(
+        prompts, ids(100, 12), ids(200, 5), cutoff=40, rule="proportional", header=HEADER, ends=[10 + 3, 14 + 3]
+    ).prompts
+    assert [len(p) for p in kept] == [28, 28]
+    np.testing.assert_array_equal(kept[0], np.concatenate([ids(0, 15), ids(300, 10), HEADER]))
+    np.testing.assert_array_equal(kept[1], np.concatenate([ids(0, 11), ids(350, 14), HEADER]))
+    with pytest.raises(RecordProblem) as problem:
+        cut_pairs(prompts, ids(100, 12), ids(200, 5), cutoff=29, rule="proportional", header=HEADER, ends=[13, 17])
+    assert problem.value.reason == "too_long"
+
+
 def test_responses_that_agree_up_to_the_cut():
     chosen, rejected = ids(100, 40), ids(100, 40)
     rejected[30:] += 1000

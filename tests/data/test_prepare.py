@@ -6,9 +6,11 @@ import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_amopo.data import prepare as module
 from megatron_amopo.data.dataset import PreparedGroups
@@ -37,6 +39,71 @@ def test_a_group_is_what_the_record_says(prepared, decode):
     assert report["kept"] == {"train": 1}
     assert report["dropped"] == {}
     assert groups.manifest.prompts["placement"] == "user"
+
+
+def common(prompts):
+    """How many ids all prompts begin with, counted one by one."""
+    count = 0
+    while all(len(p) > count and p[count] == prompts[0][count] for p in prompts):
+        count += 1
+    return count
+
+
+def test_question_first_prompts_share_the_question(prepared, decode):
+    conversation = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "Because."},
+        {"role": "user", "content": "Is the response expert?"},
+    ]
+    groups, report = prepared([native(prompt=conversation)], prompts="question_first", cutoff_len=None)
+    group = groups[0]
+    assert groups.shared.tolist() == [group.shared] == [common(group.prompts)]
+    assert decode(group.prompts[0][: group.shared]).startswith(
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause.<|im_end|>\n<|im_start|>user\nIs the "
+        "response expert?"
+    )
+    for prompt, name in zip(group.prompts, ("a and b", "for a.", "for b."), strict=True):
+        own = decode(prompt[group.shared :])
+        assert name in own
+        assert own.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    lengths = group.lengths()
+    assert report["length_percentiles"]["shared"]["50"] == group.shared
+    assert report["length_percentiles"]["group"]["50"] == lengths.sum() - 2 * group.shared
+    assert report["tokens_per_record"] == {
+        "none": lengths.sum() + lengths[:, 0].sum(),
+        "responses": lengths.sum(),
+        "tree": lengths.sum() - 2 * group.shared,
+        "predicted": lengths[:, 1:].sum(),
+    }
+
+
+def test_only_whole_tokens_are_shared(prepared, decode, tmp_path):
+    """'response' and 'respond' begin alike, but the tokenizer joins the letters of the first into one token."""
+    style = yaml.safe_load((Path(module.__file__).parent / "prompts" / "question_first.yaml").read_text())
+    changes = {"general": "a respond {dimensions}.", "dimension": "a response {scale} {dimension} {score}"}
+    (tmp_path / "alike.yaml").write_text(yaml.safe_dump(style | changes))
+    groups, _ = prepared([native()], prompts=str(tmp_path / "alike.yaml"), cutoff_len=None)
+    group = groups[0]
+    texts = [decode(prompt) for prompt in group.prompts]
+    assert all(text.startswith("<|im_start|>user\nWhy?\n\na respon") for text in texts)
+    assert decode(group.prompts[0][: group.shared]) == "<|im_start|>user\nWhy?\n\na"
+    assert decode(group.prompts[1][group.shared :][:1]) == " response"
+
+
+def test_a_cut_leaves_the_dimensions_text_of_question_first_prompts(prepared, decode):
+    records = [native("Why " * 300 + "so?", "c " * 90, "r " * 80)]
+    (whole, _), (cut, report) = (
+        prepared(records, name=name, prompts="question_first", cutoff_len=limit)
+        for name, limit in (("whole", None), ("cut", 900))
+    )
+    assert report["cut"]["prompts"] == 3
+    for full, kept in zip(whole[0].prompts, cut[0].prompts, strict=True):
+        own = len(full) - whole[0].shared
+        np.testing.assert_array_equal(kept[-own:], full[-own:])
+        assert decode(kept).startswith("<|im_start|>user\nWhy Why ")
+        assert "You are an expert at answering." in decode(kept)
+    assert (cut.lengths[:, :, 0] + cut.lengths[:, :, 1:].max(axis=2)).tolist() == [[900, 900, 900]]
+    assert cut[0].shared > 20
 
 
 def test_the_source_scale_is_mapped(prepared, decode):

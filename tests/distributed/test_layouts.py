@@ -2,12 +2,14 @@
 float32.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_amopo.certification.observed_run import metrics, train
+from megatron_amopo.certification.tiny import make_data
 
 TOLERANCE = 1e-5
 STEPS = 5
@@ -81,7 +83,7 @@ def one_rank(ranks, workplace, tmp_path_factory):
     return get
 
 
-def check(run, save, reference, reference_save):
+def check(run, save, reference, reference_save, besides=frozenset()):
     for kind in ("gradients", "weights"):
         actual, expected = getattr(run, kind), getattr(reference, kind)
         assert not any(tensor.isnan().any() for tensor in actual.values())
@@ -91,16 +93,16 @@ def check(run, save, reference, reference_save):
     # Against the distance that the weights have moved, as far as float32 resolves it beside the weights themselves.
     moved, expected = ({k: r.weights[k] - r.initial[k] for k in r.weights} for r in (run, reference))
     assert relative_error(moved, expected) <= 1e-3
-    check_metrics(save, reference_save)
+    check_metrics(save, reference_save, besides)
 
 
-def check_metrics(save, reference_save):
-    timing = {"records_per_s", "tokens_per_s"}
+def check_metrics(save, reference_save, besides):
+    of_the_layout = {"records_per_s", "tokens_per_s", "imbalance", *besides}
     for split, count in (("train", STEPS), ("validation", 2)):
         actual, expected = metrics(save, split), metrics(reference_save, split)
         assert len(actual) == len(expected) == count
         for step, reference_step in zip(actual, expected, strict=True):
-            for name in reference_step.keys() - timing:
+            for name in reference_step.keys() - of_the_layout:
                 assert step[name] == pytest.approx(reference_step[name], rel=TOLERANCE, abs=1e-6), (split, name)
 
 
@@ -120,6 +122,45 @@ def test_untied_embeddings(name, ranks, workplace, one_rank, tmp_path):
     run = ranks.run(train, num_ranks, flags(workplace, tmp_path, *SGD, *layout, tied=False))[0]
     assert "output_layer.weight" in run.weights
     check(run, tmp_path, reference, reference_save)
+
+
+@pytest.fixture(scope="module")
+def unshared(ranks, workplace, tmp_path_factory):
+    """One rank's run on records whose prompts begin with a question, each sequence packed by itself."""
+    place = replace(workplace, data=tmp_path_factory.mktemp("questions") / "data")
+    make_data(place.data, shared_question=True)
+    save = tmp_path_factory.mktemp("unshared")
+    return place, ranks.run(train, 1, flags(place, save, *SGD, "--amopo-share-prefixes", "none"))[0], save
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [
+        (1, ["--amopo-share-prefixes", "responses"]),
+        (1, []),
+        (2, [*PP2, *LAYOUTS["recompute"][1]]),
+        (2, ["--micro-batch-size", "2"]),
+    ],
+    ids=["shared-prompts", "shared-questions", "shared-questions-pp2-recompute", "shared-questions-dp2"],
+)
+def test_sharing_prefixes_changes_no_result(num_ranks, layout, ranks, unshared, tmp_path):
+    place, reference, reference_save = unshared
+    run = ranks.run(train, num_ranks, flags(place, tmp_path, *SGD, *layout))[0]
+    check(run, tmp_path, reference, reference_save, besides={"tokens_per_record"})
+    fewer, tokens = (metrics(save)[0]["tokens_per_record"] for save in (tmp_path, reference_save))
+    assert fewer < tokens
+
+
+def test_a_budget_of_tokens_changes_no_result(ranks, workplace, one_rank, tmp_path):
+    """Two records a micro-batch stay within 500 tokens in every step of two ranks, four don't; and it is said."""
+    reference, reference_save = one_rank(tied=True, optimizer=SGD)
+    options = flags(workplace, tmp_path, *SGD, "--amopo-max-tokens-per-micro-batch", "500")
+    size = options.index("--micro-batch-size")
+    run = ranks.run(train, 2, options[:size] + options[size + 2 :])[0]
+    check(run, tmp_path, reference, reference_save)
+    assert "2 micro-batch(es) per rank and step, of 2 record(s) on average, the longest of " in run.printed
+    assert "over an epoch the fullest of 2 data-parallel rank(s) has 1.0" in run.printed
+    assert all(1 <= step["imbalance"] < 1.1 for step in metrics(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tp2-pp2", "dp2-distopt"])

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_amopo.certification.tiny import VOCAB_SIZE, random_groups
+from megatron_amopo.data.groups import SHARINGS
 from tests.support.jobs_model import packed_logps
 
 DIMENSIONS = [1, 2, 4, 6]
@@ -58,11 +59,63 @@ def test_equals_transformers(ranks, workplace, batches, expected, tied, tp, sequ
     assert worst <= TOLERANCE
 
 
+@pytest.fixture(scope="module")
+def questions():
+    """Micro-batches whose records' prompts begin with a question, as question-first prompts do."""
+    return [
+        random_groups(count, dimensions=d, seed=count, shared_question=True) for d, count in ((2, 3), (4, 2), (6, 1))
+    ]
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_shared_questions_equal_transformers(ranks, workplace, questions, sharing):
+    assert all(group.shared for groups in questions for group in groups)
+    model = AutoModelForCausalLM.from_pretrained(workplace.hf).float().eval()
+    actual = ranks.run(packed_logps, 2, workplace.mcore, questions, tp=2, sequence_parallel=True, sharing=sharing)[0]
+    for logps, groups in zip(actual, questions, strict=True):
+        torch.testing.assert_close(logps, separate_logps(model, groups), rtol=0, atol=TOLERANCE)
+
+
+def response_lengths(groups):
+    return [len(r) for g in groups for pair in zip(g.chosen, g.rejected, strict=True) for r in pair]
+
+
 def test_neither_response_sees_the_other(ranks, workplace):
     """Other tokens in the chosen response change its own log-probabilities and nothing else, bit by bit."""
     groups = random_groups(3, dimensions=2, seed=4)
     changed = [replace(g, chosen=tuple((tokens + 1) % VOCAB_SIZE for tokens in g.chosen)) for g in groups]
     before, after = ranks.run(packed_logps, 1, workplace.mcore, [groups, changed])[0]
-    lengths = [len(r) for g in groups for d in range(2) for r in (g.chosen[d], g.rejected[d])]
+    lengths = response_lengths(groups)
     for number, (left, right) in enumerate(zip(before.split(lengths), after.split(lengths), strict=True)):
         assert torch.equal(left, right) == bool(number % 2)
+
+
+@pytest.mark.parametrize("dimension", range(3))
+def test_a_dimension_sees_no_other_dimensions_prompt(ranks, workplace, dimension):
+    """Below a shared question, other tokens in one dimension's part of the prompt change that dimension's
+    log-probabilities and no other's, bit by bit.
+    """
+    groups = random_groups(3, dimensions=3, seed=5, shared_question=True)
+
+    def change(group):
+        prompts = list(group.prompts)
+        prompts[dimension] = prompts[dimension].copy()
+        prompts[dimension][group.shared :] = (prompts[dimension][group.shared :] + 60) % VOCAB_SIZE
+        return replace(group, prompts=tuple(prompts))
+
+    changed = [change(group) for group in groups]
+    assert [group.shared for group in changed] == [group.shared for group in groups]
+    before, after = ranks.run(packed_logps, 1, workplace.mcore, [groups, changed])[0]
+    lengths = response_lengths(groups)
+    for number, (left, right) in enumerate(zip(before.split(lengths), after.split(lengths), strict=True)):
+        assert torch.equal(left, right) == (number // 2 % 3 != dimension)
+
+
+def test_packed_tail_padding_changes_nothing(ranks, workplace, batches, expected):
+    """Whatever stands in the padding, not a bit; however long it is, nothing beyond rounding."""
+    padded = {"pad_to_multiple_of": 256}
+    zeros = ranks.run(packed_logps, 1, workplace.mcore, batches[:4], **padded)[0]
+    others = ranks.run(packed_logps, 1, workplace.mcore, batches[:4], **padded, padding_id=77)[0]
+    for left, right, reference in zip(zeros, others, expected[True], strict=False):
+        assert torch.equal(left, right)
+        torch.testing.assert_close(left, reference, rtol=0, atol=TOLERANCE)
