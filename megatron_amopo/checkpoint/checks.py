@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from megatron_amopo.checkpoint import hf
-from megatron_amopo.checkpoint.families import ignored_tensor, megatron_arguments, parameter_table, tied_copies
+from megatron_amopo.checkpoint.families import (
+    ignored_tensor,
+    megatron_arguments,
+    parameter_table,
+    rope_scaling,
+    tied_copies,
+)
 from megatron_amopo.checkpoint.megatron import MegatronCheckpoint
 from megatron_amopo.checkpoint.parameters import Parameter, hf_shapes
 from megatron_amopo.checkpoint.streaming import PART_NUMBERS
@@ -44,7 +50,7 @@ def read_table(folder: Path, config: Mapping[str, Any]) -> tuple[Parameter, ...]
 
 def check_same_model(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
     """Both configs must describe the same model."""
-    ours, theirs = megatron_arguments(left), megatron_arguments(right)
+    ours, theirs = ({**megatron_arguments(c), "rope_scaling": rope_scaling(c)} for c in (left, right))
     for name in ours:
         if ours[name] != theirs[name]:
             raise CheckpointError(

@@ -11,7 +11,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_amopo.certification.tiny import make_data, make_hf_model
-from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify
+from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_amopo.checkpoint.verify import verify
 from tests.support import vocabulary_ranks
 from tests.support.checkpoints import all_files
 
