@@ -242,8 +242,8 @@ def report(name: str, data: Mapping[str, Any]) -> tuple[str, Figure]:
     text = f"""
 {name}'s shape with random bfloat16 weights, {size / 1e9:.2f} GB.
 {data["workers"]} workers, {data["rounds"]} rounds: median (smallest – largest). Each copy and conversion reads from
-a cold page cache and ends when its files are synced; `cp` reaches {disk:.0f} MB/s on this disk. The whole command starts
-Python and torch, too. RSS is the peak of all resident pages, shared libraries included; own are anonymous pages.
+a cold page cache and ends when its files are synced; `cp` reaches {disk:.0f} MB/s on this disk. The whole command
+starts Python and torch, too. RSS is the peak of all resident pages, shared libraries included; own are anonymous pages.
 
 {markdown_table(_HEADER, rows)}
 `verify` took {data["verify seconds"][0]:.0f} s to read both sides, in {verify_gib:.2f} GiB. It found

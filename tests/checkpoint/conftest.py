@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_amopo.checkpoint import checks, convert, verify
-from tests.support.checkpoints import MakeFolder, save_tiny_model
+from tests.support.checkpoints import MakeFolder, save_tiny_model, use_small_parts
 
 
 @pytest.fixture
@@ -19,6 +18,4 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of at most 700 numbers, which cut every matrix of a tiny model several times."""
-    for module in (convert, verify, checks):
-        monkeypatch.setattr(module, "PART_NUMBERS", 700)
+    use_small_parts(monkeypatch)

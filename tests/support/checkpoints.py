@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_amopo.certification.tiny import tiny_config
+from megatron_amopo.checkpoint import checks, convert, verify
 
 VOCABULARY = 151  # not divisible by 128 x TP
 LAYERS = 4
@@ -39,6 +41,12 @@ def save_tiny_model(
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
+
+
+def use_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of at most 700 numbers, which cut every matrix of a tiny model several times."""
+    for module in (convert, verify, checks):
+        monkeypatch.setattr(module, "PART_NUMBERS", 700)
 
 
 def all_files(folder: Path) -> dict[str, bytes]:
