@@ -1,0 +1,73 @@
+"""Where the time of a step goes, by torch's profiler: attention, matrix products of the layers, head, the rest.
+
+Each operator's own time, without what it calls, belongs to the first category that it or one of its callers names:
+the head's autograd function, forwards and backwards; attention, which is the core attention module on the way forward
+and the kernel's own backward on the way back (what copies keys of a shared prompt is then counted under the rest); any
+other matrix product. On CUDA it is the time of the kernels, not of their launches.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_amopo import device
+
+HEAD, ATTENTION, LAYERS, REST = "head", "attention", "linear layers", "rest"
+CATEGORIES = (LAYERS, ATTENTION, HEAD, REST)
+
+_ATTENTION_RANGE = "core attention"
+_MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"}
+
+
+def time_shares(model: torch.nn.Module, step: Callable[[], Any]) -> dict[str, float]:
+    """Share of each category of :data:`CATEGORIES` in one call of ``step``, which computes with ``model``."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.has_cuda() else [])]
+    with _named_attention(model), profile(activities=activities) as profiler:
+        step()
+    microseconds: Counter[str] = Counter(dict.fromkeys(CATEGORIES, 0))
+    for event in profiler.events():
+        spent = event.self_device_time_total if device.has_cuda() else event.self_cpu_time_total
+        microseconds[_category(event)] += spent
+    total = sum(microseconds.values())
+    return {name: spent / total for name, spent in microseconds.items()}
+
+
+def _category(event: Any) -> str:
+    is_product = False
+    while event is not None:
+        if "_ResponseLogps" in event.name:
+            return HEAD
+        if event.name == _ATTENTION_RANGE or "scaled_dot_product" in event.name or "ScaledDotProduct" in event.name:
+            return ATTENTION
+        is_product = is_product or event.name in _MATRIX_PRODUCTS
+        event = event.cpu_parent
+    return LAYERS if is_product else REST
+
+
+@contextmanager
+def _named_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Every core attention module runs within a range that the profiler sees."""
+    from megatron_amopo.model.attention import PackedAttention
+
+    ranges: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        ranges.append(record_function(_ATTENTION_RANGE))
+        ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, PackedAttention):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

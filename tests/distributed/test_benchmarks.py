@@ -1,0 +1,72 @@
+"""The benchmarks that need a model: they run, and both their steps compute the same loss and gradient."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import dimensions, step
+from tests.support.benchmark_files import make_benchmark_files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return make_benchmark_files(tmp_path_factory.mktemp("benchmark_files"))
+
+
+def run(ranks, benchmark, files, folder, *flags):
+    """What a benchmark measured, on the first rank."""
+    arguments = [*files.data_flags, *files.model_flags, "--short", "12", "--output", str(folder), *flags]
+    assert ranks.run(benchmark.main, 1, arguments) == [0]
+    return json.loads((folder / "results.json").read_text())
+
+
+def same_results(comparison):
+    ours, released = comparison["ours"], comparison["released"]
+    for what in ("loss", "gradient_norm"):
+        assert ours[what] == pytest.approx(released[what], rel=1e-5), what
+
+
+def test_step(ranks, files, tmp_path):
+    cases = run(ranks, step, files, tmp_path / "out", "--records", "2", "--long-records", "2")["cases"]
+    assert len(cases) == 3
+    for case in cases.values():
+        same_results(case)
+        assert sum(case["shares_of_our_time"].values()) == pytest.approx(1)
+        assert all(share > 0 for share in case["shares_of_our_time"].values())
+    one, two = (case for name, case in cases.items() if "≤" in name)
+    assert one["ours"]["loss"] == pytest.approx(two["ours"]["loss"], rel=1e-5)
+    assert one["flop_ratio"] < two["flop_ratio"]  # padded together
+    assert (tmp_path / "out/step.png").stat().st_size > 0
+
+
+def test_dimensions(ranks, files, tmp_path):
+    counts = run(ranks, dimensions, files, tmp_path / "out", "--records", "1")["by_number_of_dimensions"]
+    assert list(counts) == [str(d) for d in range(1, 9)]
+    for comparison in counts.values():
+        same_results(comparison)
+    tokens = [comparison["padded_tokens"] for comparison in counts.values()]
+    assert tokens == sorted(tokens)
+
+
+def test_steps_that_differ_are_not_compared(ranks, files):
+    assert "loss: ours" in ranks.run(difference, 1, files)[0]
+
+
+def difference(files):
+    """What a comparison says when one model's weights have moved."""
+    from benchmarks.comparison import Contest, ResultsDiffer
+    from benchmarks.models import ModelSlice, both_models
+    from megatron_amopo.certification.tiny import random_groups
+
+    model_slice = ModelSlice.of(files.config, 2)
+    with both_models(model_slice) as models:
+        contest = Contest(models, model_slice, random_groups(2, dimensions=2), ("general", "a"), 1)
+        contest.check(torch.float32)
+        with torch.no_grad():
+            models.transformers.model.norm.weight.mul_(1.5)
+        try:
+            contest.check(torch.float32)
+        except ResultsDiffer as found:
+            return str(found)
+    return ""
