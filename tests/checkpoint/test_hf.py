@@ -162,6 +162,14 @@ def test_missing_shard(make_folder: MakeFolder) -> None:
         hf.HfFolder.open(folder)
 
 
+def test_a_shard_in_the_place_of_another(make_folder: MakeFolder) -> None:
+    folder = make_folder(max_shard_size="100KB")
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"the index says {first.name}, but it is in {second.name}"):
+        hf.HfFolder.open(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
