@@ -38,11 +38,11 @@ def check_before(args: argparse.Namespace) -> None:
     """What can be told from the flags alone, before any file is read."""
     if args.amopo_data is None:
         raise ConfigError("--amopo-data is missing: give the folder that tools/prepare_preferences.py wrote")
-    _check_micro_batches(args)
     for name, least in _LEAST.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
+    _check_micro_batches(args)
     lengths = [f for f in ("amopo_epochs", "train_iters", "train_samples") if getattr(args, f) is not None]
     if len(lengths) > 1:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in lengths)

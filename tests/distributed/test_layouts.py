@@ -151,14 +151,18 @@ def test_sharing_prefixes_changes_no_result(num_ranks, layout, ranks, unshared, 
     assert fewer < tokens
 
 
-def test_a_budget_of_tokens_changes_no_result(ranks, workplace, one_rank, tmp_path):
-    """Two records a micro-batch stay within 500 tokens in every step of two ranks, four don't; and it is said."""
+@pytest.mark.parametrize(("budget", "count", "size_said"), [(500, 2, 2), (170, 4, 1)])
+def test_a_budget_of_tokens_changes_no_result(ranks, workplace, one_rank, tmp_path, budget, count, size_said):
+    """Two records a micro-batch stay within 500 tokens in every step of two ranks, four don't; of 170 tokens one record
+    has more by itself. It is said.
+    """
     reference, reference_save = one_rank(tied=True, optimizer=SGD)
-    options = flags(workplace, tmp_path, *SGD, "--amopo-max-tokens-per-micro-batch", "500")
+    options = flags(workplace, tmp_path, *SGD, "--amopo-max-tokens-per-micro-batch", str(budget))
     size = options.index("--micro-batch-size")
     run = ranks.run(train, 2, options[:size] + options[size + 2 :])[0]
     check(run, tmp_path, reference, reference_save)
-    assert "2 micro-batch(es) per rank and step, of 2 record(s) on average, the longest of " in run.printed
+    assert f"{count} micro-batch(es) per rank and step, of {size_said} record(s) on average, the" in run.printed
+    assert ("1 record(s) exceed --amopo-max-tokens-per-micro-batch 170 alone" in run.printed) == (budget == 170)
     assert "over an epoch the fullest of 2 data-parallel rank(s) has 1.0" in run.printed
     assert all(1 <= step["imbalance"] < 1.1 for step in metrics(tmp_path))
 
