@@ -58,6 +58,12 @@ FLAGS = {
     "deferred": (["--defer-embedding-wgrad-compute"], 1, "--defer-embedding-wgrad-compute is not supported"),
     "foreign": (["--mock-data"], 1, "--mock-data is not supported: it belongs to another kind of training"),
     "checkpoint format": (["--ckpt-format", "torch"], 1, "--ckpt-format is not supported"),
+    "no tokens": (["--amopo-max-tokens-per-micro-batch", "0"], 1, "--amopo-max-tokens-per-micro-batch is 0"),
+    "two sizes": (
+        ["--amopo-max-tokens-per-micro-batch", "900"],
+        1,
+        "--micro-batch-size and --amopo-max-tokens-per-micro-batch both say how large a micro-batch is",
+    ),
     "no micro-batch": (["--micro-batch-size", "0"], 1, "--micro-batch-size is 0"),
     "no ranks": (["--tensor-model-parallel-size", "0"], 1, "--tensor-model-parallel-size is 0"),
     "negative seed": (["--amopo-seed", "-5"], 1, "--amopo-seed is -5"),
@@ -112,6 +118,10 @@ def test_missing_pieces(ranks, workplace, tmp_path):
         ([*model, *BASE], "--amopo-data is missing"),
         ([*data, *BASE], "nothing to start from"),
         ([*data, *model, *BASE[2:]], "--micro-batch-size is missing"),
+        (
+            [*data, *model, *BASE[4:], "--amopo-max-tokens-per-micro-batch", "900"],
+            "--global-batch-size is missing: --amopo-max-tokens-per-micro-batch splits it",
+        ),
         ([*data, *model, *BASE[:4], "--lr", "1"], "nothing says how long to train"),
         ([*data, *model, *BASE[:6]], "--lr is missing"),
         ([*data, *model, *BASE[:4], "--lr", "1", "--amopo-epochs", "0"], "--amopo-epochs is 0"),
