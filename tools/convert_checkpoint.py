@@ -138,6 +138,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _say(conversion: Conversion) -> None:
     for note in conversion.notes:
         print(f"note: {note}")
+    for warning in conversion.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     kinds = ", ".join(conversion.dtypes)
     print(
         f"{conversion.output}: {conversion.tensors} tensors, {conversion.parameters:,} parameters, {kinds}, "

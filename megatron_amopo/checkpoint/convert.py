@@ -10,7 +10,7 @@ Weights pass through in parts, so that the size of the model doesn't matter. `ve
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,9 @@ class Conversion:
     """Of the weights written."""
     seconds: float
     notes: tuple[str, ...]
-    """What a person should know, as sentences."""
+    """What a person may want to know, as sentences."""
+    warnings: tuple[str, ...]
+    """What a person should look into."""
 
 
 def hf_to_megatron(
@@ -108,7 +110,7 @@ def hf_to_megatron(
         write_record(beside, source, infos)
         hf.copy_config(source.path, beside)
         write_checkpoint(folder, _parts(table), dtypes, megatron_arguments(source.config), joined, workers=workers)
-    return _conversion(target, infos, bar.seconds, [*notes, *finite.notes()])
+    return _conversion(target, infos, bar.seconds, notes, finite)
 
 
 def megatron_to_hf(
@@ -175,7 +177,7 @@ def megatron_to_hf(
         with HfWriter(folder, infos, plan) as writer:
             in_threads(convert, _parts(table), workers)
         hf.copy_config(beside, folder, config_dtype)
-    return _conversion(target, infos, bar.seconds, [*notes, *finite.notes()])
+    return _conversion(target, infos, bar.seconds, notes, finite)
 
 
 def _parts(table: Sequence[Parameter]) -> list[Part]:
@@ -207,7 +209,9 @@ def _config_dtype(said: str | None, infos: Mapping[str, TensorInfo]) -> tuple[st
     return name, [f"config.json says {name} now, as the weights are ({said or 'nothing'} before)"]
 
 
-def _conversion(target: Path, infos: Mapping[str, TensorInfo], seconds: float, notes: Collection[str]) -> Conversion:
+def _conversion(
+    target: Path, infos: Mapping[str, TensorInfo], seconds: float, notes: Sequence[str], finite: NonFiniteNumbers
+) -> Conversion:
     return Conversion(
         output=target,
         tensors=len(infos),
@@ -216,4 +220,5 @@ def _conversion(target: Path, infos: Mapping[str, TensorInfo], seconds: float, n
         nbytes=sum(info.nbytes for info in infos.values()),
         seconds=seconds,
         notes=tuple(notes),
+        warnings=finite.warnings(),
     )

@@ -34,7 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_amopo.checkpoint.output_folder import sync_folder
+from megatron_amopo.checkpoint.output_folder import sync
 from megatron_amopo.errors import CheckpointError, ConfigError
 
 ENTRY_FORMAT = 1
@@ -231,7 +231,7 @@ def _publish(checkpoint: Path, entry: Path) -> None:
     """Give a finished checkpoint its name, unless a machine that our lock didn't reach has been quicker."""
     try:
         checkpoint.rename(entry)
-        sync_folder(entry.parent)
+        sync(entry.parent)
     except OSError as error:
         if not _is_there(entry):
             raise CheckpointError(f"{entry}: can't be written ({error.strerror})") from error

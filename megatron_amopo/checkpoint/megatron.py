@@ -17,6 +17,7 @@ import dataclasses
 import json
 import pickle
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ class MegatronCheckpoint:
         reader.set_up_storage_reader(metadata, is_coordinator=True)
         return cls(path, metadata, reader)
 
-    def check(self, table: tuple[Parameter, ...]) -> None:
+    def check(self, table: Sequence[Parameter]) -> None:
         """Compare names and shapes with the model's.
 
         Raises:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_amopo.checkpoint.megatron import FORMAT, RELEASE, TRACKER, chunk
-from megatron_amopo.checkpoint.output_folder import sync_folder, write_text
+from megatron_amopo.checkpoint.output_folder import write_text
 from megatron_amopo.checkpoint.parameters import Parameter, Part
 from megatron_amopo.checkpoint.streaming import in_threads
 
@@ -82,7 +82,6 @@ def write_checkpoint(
         results = in_threads(lambda plan: writer.write_data(plan, planner).value(), plans, workers)
     writer.finish(metadata, results)
     write_text(release / FORMAT, json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    sync_folder(release)
     write_text(folder / TRACKER, RELEASE)
 
 

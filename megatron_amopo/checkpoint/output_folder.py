@@ -53,11 +53,13 @@ def new_folder(target: Path, *, force: bool, size: int, sources: Sequence[Path],
             partial.mkdir()
             try:
                 yield partial
-                sync_folder(partial)
+                for folder, _, names in partial.walk():
+                    for path in (*(folder / name for name in names), folder):
+                        sync(path)
                 if place.exists():
                     place.rename(replaced)
                 partial.rename(place)
-                sync_folder(place.parent)
+                sync(place.parent)
             finally:
                 with contextlib.suppress(OSError):  # the next run tries again
                     _clean_up(place, partial, replaced)
@@ -73,9 +75,9 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """See to it that a folder's names are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """See to it that a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""Moving weights part by part: how large a part is, several at a time in threads, and the progress that people see.
+"""Moving weights part by part: how large a part is, several at a time in threads, and what people see of it.
 
 Threads pay here: reading, writing, copying and converting happen in calls that let the other threads run. A part has at
 most PART_NUMBERS numbers, so a worker holds a few hundred megabytes, whatever the size of the model.
@@ -22,6 +22,7 @@ from megatron_amopo.errors import ConfigError
 PART_NUMBERS = 16 * 2**20
 DEFAULT_WORKERS = 2
 _SECONDS_BETWEEN_LINES = 60.0
+_NAMES_SHOWN = 10
 
 
 def in_threads[Item, Result](function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> list[Result]:
@@ -101,10 +102,10 @@ class NonFiniteNumbers:
         if not (low.isfinite() and high.isfinite()):
             self._names[name] = None
 
-    def notes(self) -> list[str]:
+    def warnings(self) -> tuple[str, ...]:
         """A sentence for people, or none."""
         if not self._names:
-            return []
-        first, *others = sorted(self._names)
-        more = f" and {len(others)} more" if others else ""
-        return [f"warning: NaN or infinite numbers in {first}{more}"]
+            return ()
+        names = sorted(self._names)
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        return (f"NaN or infinite numbers in {', '.join(names[:_NAMES_SHOWN])}{more}",)

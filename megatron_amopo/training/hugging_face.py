@@ -71,7 +71,8 @@ class HfStart:
 
 
 def _convert(source: Path, target: Path) -> None:
-    for note in hf_to_megatron(source, target, progress=True).notes:
+    done = hf_to_megatron(source, target, progress=True)
+    for note in (*done.notes, *done.warnings):
         print(f"> note: {note}", flush=True)
 
 
@@ -149,7 +150,7 @@ def export_last_step(target: Path, save: Path, train_iters: int) -> None:
     except BaseException:
         print(f"> not exported to {target}; {rescue}", file=sys.stderr, flush=True)
         raise
-    for note in done.notes:
+    for note in (*done.notes, *done.warnings):
         print(f"> note: {note}")
     size = f"{done.tensors} tensors, {done.nbytes:,} bytes"
     print(f"> exported step {train_iters} to {target}: {size}, {done.seconds:.1f} s", flush=True)
