@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_amopo.checkpoint.convert import megatron_to_hf
+from megatron_amopo.checkpoint.logits import compare_logits
 from megatron_amopo.checkpoint.verify import verify
 from megatron_amopo.data.dataset import PreparedGroups
 from tests.distributed.test_model import separate_logps
@@ -61,6 +62,9 @@ def test_from_one_folder_to_another(ranks, workplace, tmp_path):
             for side in ("chosen", "rejected")
         ]
         assert dumped == pytest.approx(expected, abs=TOLERANCE)
+
+    (both,) = ranks.run(compare_logits, 1, aligned, save)  # vocabulary padded for two ranks, loaded by one
+    assert both.within(1e-6)
 
     # A run that is complete exports again; a failed export leaves its checkpoint alone and says how to go on.
     aligned.rename(tmp_path / "before")
