@@ -3,7 +3,7 @@
 
     convert_checkpoint.py hf-to-megatron HF_DIR MEGATRON_DIR
     convert_checkpoint.py megatron-to-hf MEGATRON_DIR HF_DIR
-    convert_checkpoint.py verify HF_DIR MEGATRON_DIR
+    convert_checkpoint.py verify HF_DIR MEGATRON_DIR [--logits]
 
 Exit codes: 0 done (verify: all equal), 1 verify found differences, 2 an error that the message explains.
 """
@@ -11,13 +11,17 @@ Exit codes: 0 done (verify: all equal), 1 verify found differences, 2 an error t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_amopo.checkpoint.convert import DTYPES, ORIGINAL, Conversion, hf_to_megatron, megatron_to_hf
+from megatron_amopo.checkpoint.logits import TOLERANCE, LogitsComparison, compare_logits
 from megatron_amopo.checkpoint.streaming import DEFAULT_WORKERS
 from megatron_amopo.checkpoint.verify import Comparison, verify
-from megatron_amopo.errors import AmopoError
+from megatron_amopo.errors import AmopoError, ConfigError
 
 _NAMES_SHOWN = 20
 
@@ -68,6 +72,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_iteration(compare)
     _add_pickle(compare)
     _add_workers(compare)
+    compare.add_argument(
+        "--logits",
+        action="store_true",
+        help="compare what both compute, too: transformers and Megatron read one text, in float32, which takes 4 bytes "
+        "of memory per parameter",
+    )
+    compare.add_argument("--text", type=Path, metavar="FILE", help="what they read (default: a short text of our own)")
+    compare.add_argument(
+        "--logits-tolerance",
+        type=float,
+        default=TOLERANCE,
+        metavar="X",
+        help="largest difference of logits allowed, over the largest logit (default: %(default)g)",
+    )
     return parser
 
 
@@ -123,7 +141,8 @@ def _to_hf(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    return _compare(
+    text = _read_text(options)
+    differ = _compare(
         verify(
             options.hf_dir,
             options.megatron_dir,
@@ -133,6 +152,23 @@ def _verify(options: argparse.Namespace) -> int:
             progress=True,
         )
     )
+    if not options.logits:
+        return differ
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # both compute on the CPU, whatever the machine has
+    with warnings.catch_warnings(action="ignore"):  # of what Megatron would like to have installed
+        found = compare_logits(options.hf_dir, options.megatron_dir, iteration=options.iteration, text=text)
+    return max(differ, _show_logits(found, options.logits_tolerance))
+
+
+def _read_text(options: argparse.Namespace) -> str | None:
+    if options.text is None:
+        return None
+    if not options.logits:
+        raise ConfigError("--text is what --logits reads; give that, too")
+    try:
+        return options.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {options.text}: can't be read: {error}") from error
 
 
 def _say(conversion: Conversion) -> None:
@@ -166,6 +202,21 @@ def _compare(comparisons: Sequence[Comparison]) -> int:
     total = sum(row.tensors for row in comparisons)
     print(f"{total - len(differing)} of {total} tensors equal bit by bit")
     return 1 if differing else 0
+
+
+def _show_logits(found: LogitsComparison, tolerance: float) -> int:
+    """Print what the forward passes gave, and give the exit code."""
+    verdict = "equal" if found.within(tolerance) else "DIFFERENT"
+    print(f"logits of {found.text}: {found.tokens} tokens × {found.vocab_size:,} rows, float32")
+    print(f"  largest logit                       {found.largest_logit:9.3g}")
+    print(f"  largest difference                  {found.largest_difference:9.2g}")
+    print(f"  the same, of log-probabilities      {found.largest_logp_difference:9.2g} nats")
+    print(f"  same most likely token              {found.same_top} of {found.tokens}")
+    print(
+        f"{verdict}: the largest difference is {found.relative_difference:.1e} of the largest logit, tolerance "
+        f"{tolerance:.0e}"
+    )
+    return 0 if found.within(tolerance) else 1
 
 
 if __name__ == "__main__":
