@@ -20,7 +20,7 @@ from tests.distributed.test_model import separate_logps
 from tests.distributed.test_runs import flags as run_flags
 from tests.support.families import FAMILIES, LONGEST
 from tests.support.jobs import refusal
-from tests.support.jobs_model import packed_logps
+from tests.support.jobs_model import packed_logps, text_logits
 
 TOLERANCE = 1e-5
 
@@ -50,6 +50,18 @@ def test_imported_weights_compute_what_transformers_does(ranks, family, name, tp
     actual = ranks.run(packed_logps, tp, place.mcore, batches, tp=tp, sequence_parallel=tp == 2)[0]
     worst = max((a - separate_logps(model, b)).abs().max().item() for a, b in zip(actual, batches, strict=True))
     print(f"largest difference of log-probabilities: {worst:.1e} nats")
+    assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_imported_weights_give_the_logits_of_transformers(ranks, family, name):
+    place, model = family(name)
+    token_ids = torch.randint(VOCAB_SIZE, (LONGEST,), generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        expected = model(token_ids[None]).logits[0]
+    (actual,) = ranks.run(text_logits, 1, place.mcore, token_ids)
+    worst = (actual - expected).abs().max().item()
+    print(f"largest difference of logits: {worst:.1e}")
     assert worst <= TOLERANCE
 
 
