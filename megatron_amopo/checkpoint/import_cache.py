@@ -30,7 +30,7 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def import_once(source: Path, cache: Path, convert: Convert, *, quiet: bool = Fa
         if _is_there(entry):
             return entry
         attempt = _Attempt.read(lock)
-        if attempt is not None and attempt.error is not None and attempt != before:
+        if attempt is not None and attempt.error is not None and (attempt != before or attempt.is_of_this_launch()):
             # That process says why; its machine's output is this one's, too, unless it is another.
             reason = "" if attempt.host == platform.node() else f": {attempt.error}"
             raise CheckpointError(f"{source}: process {attempt.pid} on {attempt.host} failed to import it{reason}")
@@ -201,7 +201,7 @@ def _try_lock(lock: int, entry: Path) -> bool:
 
 def _import(source: Path, entry: Path, convert: Convert, lock: int) -> None:
     """Import, holding the lock."""
-    attempt = _Attempt(uuid.uuid4().hex, platform.node(), os.getpid())
+    attempt = _Attempt(uuid.uuid4().hex, platform.node(), os.getpid(), _launch())
     attempt.write(lock)
     # Whoever else began one is dead: we hold the lock.
     for left in entry.parent.glob(f".{entry.name}.importing-*"):
@@ -237,6 +237,13 @@ def _publish(checkpoint: Path, entry: Path) -> None:
             raise CheckpointError(f"{entry}: can't be written ({error.strerror})") from error
 
 
+def _launch() -> str:
+    """What all processes share that a torchrun has started on this machine at one time; empty without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    return f"{platform.node()} {os.getppid()} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
 @dataclass(frozen=True)
 class _Attempt:
     """What the lock file holds while an entry is being imported, and after that failed; nothing once it succeeded."""
@@ -244,10 +251,15 @@ class _Attempt:
     id: str
     host: str
     pid: int
+    launch: str
     error: str | None = None
 
     def failed(self, error: str) -> _Attempt:
-        return _Attempt(self.id, self.host, self.pid, error)
+        return replace(self, error=error)
+
+    def is_of_this_launch(self) -> bool:
+        """Whether one torchrun has started that process and this one, which comes late."""
+        return self.launch != "" and self.launch == _launch()
 
     @classmethod
     def read(cls, lock: int) -> _Attempt | None:

@@ -192,6 +192,22 @@ def test_a_failed_importer(source: Path, tmp_path: Path, start: Callable) -> Non
     assert result(start())[0] == 0
 
 
+def test_who_comes_late_to_a_failure(
+    source: Path, tmp_path: Path, start: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the ranks that one torchrun starts, one tries; its next attempt, with a higher count, tries again."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    failing = start(fail=True)
+    assert result(failing)[0] == 2
+    code, printed = result(start())
+    assert code == 2
+    assert f"process {failing.pid} on" in printed
+    assert imports(tmp_path) == 1
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert result(start())[0] == 0
+
+
 def test_another_machine_hears_the_reason(
     source: Path, tmp_path: Path, start: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
