@@ -156,7 +156,7 @@ class _Runs:
         """What a layout comes to, and how far its copies differ."""
         output = Path(tempfile.mkdtemp(prefix="run-", dir=self._folder))
         problem = self._prepared(layout.problem)
-        flags = [*problem.flags(output, self._steps), *optimizer.flags, *layout.flags]
+        flags = [*problem.flags(output, self._steps), *optimizer.flags, *layout.all_flags]
         run = self._pool.run(self._job, layout.ranks, flags, want_tensors=optimizer is not ADAM)[0]
         tensors = [
             hugging_face_tensors(problem.parameters, named) if named else {}

@@ -15,7 +15,7 @@ class Problem:
     tied: bool = True  # the output layer is the embedding
     dimensions: int = 3  # D
     pairwise: str = "simpo"
-    shared_question: bool = False  # all prompts of a record begin with the same tokens, as question-first prompts do
+    shared_question: bool = True  # all prompts of a record begin with the same tokens, as question-first prompts do
     key_value_heads: int = 4  # of 8
     bf16_weights: bool = False  # the first weights have values that bf16 has, too
 
@@ -39,9 +39,15 @@ class Layout:
         return "--bf16" in self.flags
 
     @property
+    def all_flags(self) -> tuple[str, ...]:
+        """With the size of a micro-batch: one record, where the layout doesn't say another."""
+        given = {"--micro-batch-size", "--amopo-max-tokens-per-micro-batch"} & set(self.flags)
+        return self.flags if given else (*_micro_batch(1), *self.flags)
+
+    @property
     def one_rank(self) -> "Layout":
-        """What it is compared with: the same problem on one rank in float32, nothing saved or shared or split."""
-        return Layout("one-rank", 1, GPU_FLOAT32 if self.gpus else (), self.problem, self.gpus)
+        """What it is compared with: the same problem on one rank in float32, nothing split or shared or recomputed."""
+        return Layout("one-rank", 1, SHARE_NONE + (GPU_FLOAT32 if self.gpus else ()), self.problem, self.gpus)
 
 
 TP2 = ("--tensor-model-parallel-size", "2")
@@ -54,6 +60,8 @@ VPP = ("--num-layers-per-virtual-pipeline-stage", "1")
 SP = ("--sequence-parallel",)
 DISTRIBUTED = ("--use-distributed-optimizer",)
 OVERLAP_REDUCE = ("--overlap-grad-reduce",)
+SHARE_NONE = ("--amopo-share-prefixes", "none")
+SHARE_RESPONSES = ("--amopo-share-prefixes", "responses")
 FULL_RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 BF16 = ("--bf16",)
 # Transformer Engine multiplies float32 matrices in TF32; Megatron's own layers don't.
@@ -86,10 +94,17 @@ CPU_LAYOUTS = (
     Layout("dp4", 4),
     Layout("dp2-overlap-reduce", 2, OVERLAP_REDUCE),
     Layout("dp2-distributed-optimizer", 2, DISTRIBUTED),
-    Layout("dp4-distributed-optimizer-overlap-reduce", 4, DISTRIBUTED + OVERLAP_REDUCE),
+    Layout("dp2-distributed-optimizer-overlap-reduce", 2, DISTRIBUTED + OVERLAP_REDUCE),
+    # What prefixes are computed once: all layouts but these share all that can be shared (a tree).
+    Layout("share-none", 1, SHARE_NONE),
+    Layout("share-responses", 1, SHARE_RESPONSES),
+    Layout("share-none-tp2-sp", 2, SHARE_NONE + TP2 + SP),
+    Layout("share-responses-cp2-dp2", 4, SHARE_RESPONSES + CP2),
+    Layout("nothing-in-common-cp2", 2, CP2, Problem(shared_question=False)),
     # Micro-batches and recomputation.
     Layout("micro-batch-2", 1, _micro_batch(2)),
     Layout("micro-batch-8", 1, _micro_batch(8)),
+    Layout("tokens-per-micro-batch-dp2", 2, ("--amopo-max-tokens-per-micro-batch", "500")),
     Layout("full-recompute", 1, FULL_RECOMPUTE),
     Layout("selective-recompute", 1, SELECTIVE_RECOMPUTE),
     # Mixed.
@@ -129,14 +144,16 @@ GPU_LAYOUTS = (
     Layout("gpu-full-recompute", 1, GPU_FLOAT32 + FULL_RECOMPUTE, gpus=True),
     Layout("gpu-micro-batch-8", 1, GPU_FLOAT32 + _micro_batch(8), gpus=True),
     Layout("gpu-bf16", 1, BF16, BF16_WEIGHTS, gpus=True),
+    Layout("gpu-bf16-share-none", 1, BF16 + SHARE_NONE, BF16_WEIGHTS, gpus=True),
     Layout("gpu-bf16-micro-batch-8", 1, BF16 + _micro_batch(8), BF16_WEIGHTS, gpus=True),
     Layout("gpu-bf16-untied", 1, BF16, Problem(tied=False, bf16_weights=True), gpus=True),
     Layout("gpu-tp2", 2, GPU_FLOAT32 + TP2, gpus=True),
     Layout("gpu-pp2", 2, GPU_FLOAT32 + PP2, gpus=True),
-    Layout("gpu-dp2-distributed-optimizer", 2, GPU_FLOAT32 + DISTRIBUTED + OVERLAP_REDUCE, gpus=True),
+    Layout("gpu-cp2", 2, GPU_FLOAT32 + CP2, gpus=True),
     Layout("gpu-bf16-tp2-sp", 2, BF16 + TP2 + SP, BF16_WEIGHTS, gpus=True),
     Layout("gpu-bf16-tp2-sp-pp2", 4, BF16 + TP2 + SP + PP2, BF16_WEIGHTS, gpus=True),
-    Layout("gpu-bf16-tp2-sp-dp2", 4, BF16 + TP2 + SP + DISTRIBUTED + OVERLAP_REDUCE, BF16_WEIGHTS, gpus=True),
+    Layout("gpu-bf16-tp2-sp-cp2", 4, BF16 + TP2 + SP + CP2, BF16_WEIGHTS, gpus=True),
+    Layout("gpu-bf16-tp2-sp-pp2-cp2", 8, BF16 + TP2 + SP + PP2 + CP2, BF16_WEIGHTS, gpus=True),
 )
 
 LAYOUTS = CPU_LAYOUTS + GPU_LAYOUTS

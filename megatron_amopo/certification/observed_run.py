@@ -50,6 +50,8 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
         def keep_model(*a: Any, **k: Any) -> Any:
             result = original_setup(*a, **k)
             captured["model"] = result[0]
+            for chunk in result[0]:
+                _keep_gradients_whole(chunk)
             return result
 
         def keep_first_gradients(_folder: Any, _state: Any, iteration: int, _label: str) -> None:
@@ -77,6 +79,18 @@ def train(flags: list[str], *, want_tensors: bool = True) -> TrainedRun:
             printed.getvalue(),
             copies_error=max(errors.values(), default=0.0),
         )
+
+
+def _keep_gradients_whole(chunk: Any) -> None:
+    """Where gradients are saved, Megatron sums them for all ranks, though the distributed optimizer needs each rank's
+    part alone. Its pipeline schedules forget that when they start the sum themselves (overlapped), which this mends.
+    """
+
+    def start_grad_sync(*_: Any) -> None:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            group.start_grad_sync(force_all_reduce=chunk.force_all_reduce)
+
+    chunk.start_grad_sync = start_grad_sync
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ class PreparedProblem:
         return [
             *("--amopo-data", str(self.data), "--pretrained-checkpoint", str(self.megatron)),
             *("--tensorboard-dir", str(output), "--log-interval", "1", "--train-iters", str(steps)),
-            *("--micro-batch-size", "1", "--global-batch-size", str(BATCH), "--amopo-seed", str(SEED)),
+            *("--global-batch-size", str(BATCH), "--amopo-seed", str(SEED)),
             *("--amopo-pairwise", self.problem.pairwise, "--amopo-ftx-gamma", str(FTX_GAMMA)),
         ]
 
