@@ -13,11 +13,12 @@ from typing import Any
 
 from megatron_amopo.errors import ConfigError
 
-_HEAD = "the fused head reads the output weight outside the layer that gathers it"
+_HEAD = "the fused head takes the output weight, and gives its gradient, in its own way"
 _LENGTHS = "packed micro-batches differ in length, and it needs one length"
 _SAMPLES = "the number of samples per step must be fixed"
 _VALIDATION = "a validation pass is always the whole validation set"
 _CONTEXT = "all context-parallel ranks hold equal parts of each micro-batch"
+_UNTRIED = "it has not been tried"
 _PRECISION = "it needs aligned token counts, which packing doesn't give yet"
 
 
@@ -45,7 +46,9 @@ UNSUPPORTED = (
     Unsupported("te_precision_config_file", None, "--te-precision-config-file", _PRECISION),
     Unsupported("attention_dropout", 0.0, "--attention-dropout", "packed attention has no dropout"),
     Unsupported("hidden_dropout", 0.0, "--hidden-dropout", "both responses of a pair must see the same model"),
-    Unsupported("overlap_param_gather", False, "--overlap-param-gather", _HEAD),
+    Unsupported(
+        "overlap_param_gather_with_optimizer_step", False, "--overlap-param-gather-with-optimizer-step", _UNTRIED
+    ),
     Unsupported("use_megatron_fsdp", False, "--use-megatron-fsdp", _HEAD),
     Unsupported("use_torch_fsdp2", False, "--use-torch-fsdp2", _HEAD),
     Unsupported("defer_embedding_wgrad_compute", False, "--defer-embedding-wgrad-compute", _HEAD),
@@ -54,7 +57,7 @@ UNSUPPORTED = (
     Unsupported("cuda_graph_impl", "none", "--cuda-graph-impl", _LENGTHS),
     Unsupported("enable_cuda_graph", False, "--enable-cuda-graph", _LENGTHS),
     Unsupported("external_cuda_graph", False, "--external-cuda-graph", _LENGTHS),
-    Unsupported("optimizer_cuda_graph", False, "--optimizer-cuda-graph", "it has not been tried"),
+    Unsupported("optimizer_cuda_graph", False, "--optimizer-cuda-graph", _UNTRIED),
     Unsupported("rampup_batch_size", None, "--rampup-batch-size", _SAMPLES),
     Unsupported("step_batch_size_schedule", None, "--step-batch-size-schedule", _SAMPLES),
     Unsupported("decrease_batch_size_if_needed", False, "--decrease-batch-size-if-needed", _SAMPLES),

@@ -45,10 +45,11 @@ FLAGS = {
     "dropout": (["--hidden-dropout", "0.1"], 1, "--hidden-dropout is not supported"),
     "attention dropout": (["--attention-dropout", "0.1"], 1, "--attention-dropout is not supported"),
     "param gather": (
-        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+        ["--overlap-param-gather-with-optimizer-step"],
         1,
-        "--overlap-param-gather is not supported",
+        "--overlap-param-gather-with-optimizer-step is not supported: it has not been tried",
     ),
+    "FSDP": (["--use-megatron-fsdp"], 1, "--use-megatron-fsdp is not supported: the fused head takes"),
     "eval iters": (["--eval-iters", "3"], 1, "--eval-iters is not supported"),
     "ramp-up": (["--step-batch-size-schedule", "0:8 100:16"], 1, "--step-batch-size-schedule is not supported"),
     "skipping": (["--iterations-to-skip", "3"], 1, "--iterations-to-skip is not supported"),
