@@ -37,7 +37,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _bfloat16_units() -> Iterator[None]:
     """Let the CPU's products of float32 matrices round their factors to bfloat16, which matrix units are made for. Of
     factors that were bfloat16 before they were widened, this changes nothing but the speed."""
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

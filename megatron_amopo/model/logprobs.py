@@ -64,30 +64,28 @@ def plan_blocks(
     buffer_bytes: int = DEFAULT_BUFFER_BYTES,
     all_rows: bool = False,
 ) -> Blocks:
-    """Blocks whose logits, and the float32 sum of a block's hidden gradient where it needs one, fit ``buffer_bytes``.
+    """Blocks whose logits, and the float32 sum of their rows' hidden gradient where it needs one, fit ``buffer_bytes``.
 
     Args:
         num_rows, num_columns: N and the vocabulary columns of this rank.
         hidden_size: H.
         element_size: bytes of a logit, as the GEMM gives it.
-        buffer_bytes: upper bound; exceeded only where it would leave less than 512 columns, and by ``all_rows``.
-        all_rows: a block has all rows, so that each entry of the weight's gradient is one GEMM's. The sum of the hidden
-            gradient, N · H · 4 bytes where logits have fewer than 4, then comes on top.
+        buffer_bytes: upper bound, unless it is too small for 512 columns or, with ``all_rows``, for the sum.
+        all_rows: a block has all rows, so that each entry of the weight's gradient is one GEMM's. The sum takes
+            N · H · 4 bytes then, and logits at least a quarter of the buffer.
     """
     num_rows, num_columns = max(num_rows, 1), max(num_columns, 1)
     fitting = buffer_bytes // element_size
     if num_rows * num_columns <= fitting:
         return Blocks(num_rows, num_columns)
-    if all_rows:
-        rows, columns = num_rows, fitting // num_rows
-    elif (rows := fitting // num_columns) >= _ENOUGH_ROWS:
-        columns = num_columns
-    else:
-        rows = min(num_rows, _MANY_ROWS)
-        sum_bytes = 0 if element_size >= 4 else 4 * hidden_size
-        columns = (buffer_bytes // rows - sum_bytes) // element_size
-    columns = max(columns // _ALIGNMENT * _ALIGNMENT, _FEWEST_COLUMNS)
-    return Blocks(_even(num_rows, rows), _even(num_columns, columns, _ALIGNMENT))
+    rows, columns = fitting // num_columns, num_columns
+    if all_rows or rows < _ENOUGH_ROWS:
+        rows = num_rows if all_rows else min(num_rows, _MANY_ROWS)
+        sum_bytes = 0 if element_size >= 4 else 4 * rows * hidden_size
+        columns = max(buffer_bytes - sum_bytes, buffer_bytes // 4) // (rows * element_size)
+    if columns < num_columns:
+        columns = _even(num_columns, max(columns // _ALIGNMENT * _ALIGNMENT, _FEWEST_COLUMNS), _ALIGNMENT)
+    return Blocks(_even(num_rows, rows), min(columns, num_columns))
 
 
 def response_logps(
