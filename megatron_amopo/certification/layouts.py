@@ -60,6 +60,7 @@ VPP = ("--num-layers-per-virtual-pipeline-stage", "1")
 SP = ("--sequence-parallel",)
 DISTRIBUTED = ("--use-distributed-optimizer",)
 OVERLAP_REDUCE = ("--overlap-grad-reduce",)
+OVERLAP = (*OVERLAP_REDUCE, "--overlap-param-gather")
 SHARE_NONE = ("--amopo-share-prefixes", "none")
 SHARE_RESPONSES = ("--amopo-share-prefixes", "responses")
 FULL_RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
@@ -67,7 +68,6 @@ BF16 = ("--bf16",)
 # Transformer Engine multiplies float32 matrices in TF32; Megatron's own layers don't.
 GPU_FLOAT32 = ("--transformer-impl", "local")
 SELECTIVE_RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn")
-
 
 BF16_WEIGHTS = Problem(bf16_weights=True)
 
@@ -95,6 +95,7 @@ CPU_LAYOUTS = (
     Layout("dp2-overlap-reduce", 2, OVERLAP_REDUCE),
     Layout("dp2-distributed-optimizer", 2, DISTRIBUTED),
     Layout("dp2-distributed-optimizer-overlap-reduce", 2, DISTRIBUTED + OVERLAP_REDUCE),
+    Layout("dp4-distributed-optimizer-overlap-both", 4, DISTRIBUTED + OVERLAP),
     # What prefixes are computed once: all layouts but these share all that can be shared (a tree).
     Layout("share-none", 1, SHARE_NONE),
     Layout("share-responses", 1, SHARE_RESPONSES),
@@ -116,12 +117,15 @@ CPU_LAYOUTS = (
     Layout("pp2-cp2", 4, PP2 + CP2),
     Layout("cp2-dp2", 4, CP2),
     Layout("cp2-dp2-distributed-optimizer", 4, CP2 + DISTRIBUTED),
+    Layout("tp2-dp2-distributed-optimizer-overlap-both", 4, TP2 + DISTRIBUTED + OVERLAP),
     Layout("pp2-dp2", 4, PP2),
+    Layout("pp2-dp2-distributed-optimizer-overlap-both", 4, PP2 + DISTRIBUTED + OVERLAP),
     Layout("pp2-vpp2-dp2-micro-batch-2", 4, PP2 + VPP + _micro_batch(2)),
     # Other models and objectives.
     Layout("untied-one-rank", 1, problem=Problem(tied=False)),
     Layout("untied-tp2-sp-pp2", 4, TP2 + SP + PP2, Problem(tied=False)),
     Layout("untied-tp2-cp2", 4, TP2 + CP2, Problem(tied=False)),
+    Layout("untied-dp2-distributed-optimizer-overlap-both", 2, DISTRIBUTED + OVERLAP, Problem(tied=False)),
     Layout("qwen3-tp2-sp", 2, TP2 + SP, Problem(family="qwen3")),
     Layout("qwen3-untied-pp2-cp2", 4, PP2 + CP2, Problem(family="qwen3", tied=False)),
     Layout("llama-tp2-pp2", 4, TP2 + PP2, Problem(family="llama")),
@@ -150,9 +154,11 @@ GPU_LAYOUTS = (
     Layout("gpu-tp2", 2, GPU_FLOAT32 + TP2, gpus=True),
     Layout("gpu-pp2", 2, GPU_FLOAT32 + PP2, gpus=True),
     Layout("gpu-cp2", 2, GPU_FLOAT32 + CP2, gpus=True),
+    Layout("gpu-dp2-distributed-optimizer-overlap-both", 2, GPU_FLOAT32 + DISTRIBUTED + OVERLAP, gpus=True),
     Layout("gpu-bf16-tp2-sp", 2, BF16 + TP2 + SP, BF16_WEIGHTS, gpus=True),
     Layout("gpu-bf16-tp2-sp-pp2", 4, BF16 + TP2 + SP + PP2, BF16_WEIGHTS, gpus=True),
     Layout("gpu-bf16-tp2-sp-cp2", 4, BF16 + TP2 + SP + CP2, BF16_WEIGHTS, gpus=True),
+    Layout("gpu-bf16-tp2-sp-dp2-overlap-both", 4, BF16 + TP2 + SP + DISTRIBUTED + OVERLAP, BF16_WEIGHTS, gpus=True),
     Layout("gpu-bf16-tp2-sp-pp2-cp2", 8, BF16 + TP2 + SP + PP2 + CP2, BF16_WEIGHTS, gpus=True),
 )
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import megatron_amopo
-from megatron_amopo.certification.certify import Outcome
+from megatron_amopo.certification.certify import COPIES_LIMIT, Outcome
 from megatron_amopo.certification.comparison import Errors
 from megatron_amopo.certification.problems import BATCH
 
@@ -91,12 +91,12 @@ def markdown(outcomes: Sequence[Outcome], about: Mapping[str, Any], left_out: Ma
         "transformers' model, logits of the whole vocabulary, float64.\nErrors are relative: of the losses that of the "
         "worst step, of the others the norm of the difference over the norm. Gradients are the first\nstep's; weights "
         "and the distance that they moved are those after the last step of SGD. `copies` says how far ranks differ "
-        "that hold the same\ntensor.\n"
+        f"that hold the same\ntensor; at most {COPIES_LIMIT:g}.\n"
     )
     if float32:
         limits = float32[0].limits
-        text += f"\n## float32\n\nAgainst one rank / against the plain reference. Tolerance {about['tolerance']:g}; "
         text += (
+            f"\n## float32\n\nAgainst one rank / against the plain reference. Tolerance {about['tolerance']:g}; "
             f"{limits.moved:g} for the distance moved, which float32 doesn't resolve better\nbeside the weights.\n\n"
         )
         header = ["layout", "ranks", *_COLUMNS.values(), "copies", ""]
@@ -104,15 +104,18 @@ def markdown(outcomes: Sequence[Outcome], about: Mapping[str, Any], left_out: Ma
     if bf16:
         limits = bf16[0].limits
         text += "\n## bf16\n\nAgainst the plain reference in float64 / the same of plain torch in bf16. Tolerances: "
-        text += f"{limits.loss:g} for losses, {limits.grad:g} for gradients, {limits.weight:g} for\nweights.\n\n"
+        text += f"{limits.loss:g} for losses, {limits.grad:g} for gradients, {limits.weight:g} for\nweights, "
+        text += (
+            "which are compared as the model holds them: most of the distance that they moved is lost in rounding.\n\n"
+        )
         header = ["layout", "ranks", *_COLUMNS.values(), "copies", ""]
         text += _table(header, [_bf16_row(outcome) for outcome in bf16])
     if failed:
         text += "\n## Not computed\n\n"
         for outcome in failed:
             text += f"- {outcome.layout.name}: `{_last_line(outcome.failure)}`\n"
-    if left_out:
-        text += "\nLeft out: " + "; ".join(f"{name} ({why})" for name, why in left_out.items()) + ".\n"
+    for why in dict.fromkeys(left_out.values()):
+        text += f"\nLeft out ({why}): {', '.join(name for name, reason in left_out.items() if reason == why)}.\n"
     return text
 
 

@@ -92,7 +92,7 @@ def test_files(tmp_path):
     assert "**2.0e-05 / 1.0e-07**" in page
     assert page.count("**failed**") == 4
     assert "ConfigError: --fp16 is not supported" in page
-    assert "gpu-tp2 (needs 2 GPU(s))" in page
+    assert "Left out (needs 2 GPU(s)): gpu-tp2." in page
 
 
 def test_layouts_are_told_apart():
