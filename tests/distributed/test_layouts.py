@@ -21,6 +21,8 @@ SGD_BY_ADAM = ["--optimizer", "adam", "--adam-beta1", "0", "--adam-eps", "1e3", 
 
 TP2 = ["--tensor-model-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
+FULL_RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 LAYOUTS = {
     "tp2": (2, TP2),
     "pp2": (2, PP2),
@@ -32,10 +34,19 @@ LAYOUTS = {
     "tp2-dp2": (4, TP2),
     "pp2-vpp2": (2, [*PP2, "--num-layers-per-virtual-pipeline-stage", "1"]),
     "micro-batch-4": (1, ["--micro-batch-size", "4"]),
-    "recompute": (
-        1,
-        ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    "recompute": (1, FULL_RECOMPUTE),
+    "cp2": (2, CP2),
+    "cp4": (4, ["--context-parallel-size", "4"]),  # two key-value heads for four ranks
+    "tp2-cp2": (4, TP2 + CP2),
+    "tp2-sp-cp2": (4, [*TP2, "--sequence-parallel", *CP2]),
+    "cp2-pp2": (4, CP2 + PP2),
+    "cp2-pp2-vpp2-selective": (
+        4,
+        [*CP2, *PP2, "--num-layers-per-virtual-pipeline-stage", "1", "--recompute-granularity", "selective"],
     ),
+    "cp2-dp2": (4, CP2),
+    "cp2-recompute": (2, CP2 + FULL_RECOMPUTE),
+    "cp2-distopt": (2, [*CP2, "--use-distributed-optimizer"]),
 }
 
 

@@ -58,16 +58,15 @@ def test_resume_is_the_run_that_was_never_stopped(ranks, workplace, tmp_path, nu
 
 
 def test_resume_under_another_layout(ranks, workplace, tmp_path):
-    """Three steps on DP 2 with the distributed optimizer, three more on TP 2 × PP 2: the losses of six steps on one
+    """Two steps on DP 2 with the distributed optimizer, two on TP 2 × PP 2, two on CP 2: the losses of six steps on one
     rank.
     """
     reference, moved = tmp_path / "reference", tmp_path / "moved"
     ranks.run(train, 1, flags(workplace, "--save", str(reference), "--no-save-optim", "--train-iters", "6"))
     own = ["--save", str(moved), "--load", str(moved), "--train-iters", "6", "--use-distributed-optimizer"]
-    ranks.run(train, 2, flags(workplace, *own, "--exit-interval", "3"))
-    ranks.run(
-        train, 4, flags(workplace, *own, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
-    )
+    tp2_pp2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    for num_ranks, layout in ((2, []), (4, tp2_pp2), (2, ["--context-parallel-size", "2"])):
+        ranks.run(train, num_ranks, flags(workplace, *own, *layout, "--exit-interval", "2"), want_tensors=False)
     losses = [[step["loss"] for step in metrics(folder)] for folder in (moved, reference)]
     assert len(losses[0]) == 6
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -106,12 +105,12 @@ def test_epochs_end_with_what_is_left(ranks, workplace, tmp_path):
 
 
 def test_evaluation_alone_and_its_dump(ranks, workplace, tmp_path):
-    """--skip-train evaluates the ten validation records, not divisible by the batch, under DP 2; the dump equals
+    """--skip-train evaluates the ten validation records, not divisible by the batch, under DP 2 × CP 2; the dump equals
     transformers.
     """
     dump = tmp_path / "logps.jsonl"
     own = ["--skip-train", "--tensorboard-dir", str(tmp_path), "--amopo-dump-logps", str(dump)]
-    ranks.run(train, 2, flags(workplace, *own), want_tensors=False)
+    ranks.run(train, 4, flags(workplace, *own, "--context-parallel-size", "2"), want_tensors=False)
     (summary,) = metrics(tmp_path, "validation", "evaluation.jsonl")
 
     groups = PreparedGroups.open(workplace.data, "validation")
