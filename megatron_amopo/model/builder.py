@@ -35,6 +35,7 @@ from megatron_amopo.model.attention import PackedAttention
 from megatron_amopo.model.logprobs import DEFAULT_BUFFER_BYTES
 from megatron_amopo.model.response_head import ResponseHead
 from megatron_amopo.model.rotary import Llama3Scaling, PackedRotaryEmbedding
+from megatron_amopo.model.swiglu import SwiGLU
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,10 @@ def build_model(
     # below; the section sizes are a formality.
     config = copy(config)
     config.mrope_section = [config.kv_channels // 2, 0, 0]
+    is_swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+    if config.transformer_impl == "local" and is_swiglu and not config.bias_activation_fusion:
+        # By this name Megatron's MLP asks the layer spec for its activation, whoever wrote it.
+        config.use_te_activation_func = True
     model = GPTModel(
         config=config,
         transformer_layer_spec=_layer_spec(config, vp_stage, pg_collection),
@@ -187,7 +192,7 @@ def _response_head(
 def _layer_spec(
     config: TransformerConfig, vp_stage: int | None, pg_collection: ProcessGroupCollection | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Megatron's layers with our attention, and in the torch flavour our norm too."""
+    """Megatron's layers with our attention, and in the torch flavour our norm and activation, too."""
     if config.transformer_impl == "transformer_engine":
         submodules = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.qk_layernorm)
         submodules.self_attention.submodules.core_attention = PackedAttention
@@ -196,6 +201,7 @@ def _layer_spec(
     submodules = get_gpt_layer_local_submodules(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     submodules.self_attention.submodules.core_attention = PackedAttention
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+    submodules.mlp.keywords["submodules"].activation_func = SwiGLU  # used where the configuration asks for it
     if config.qk_layernorm:
         submodules.self_attention.submodules.q_layernorm = RMSNorm
         submodules.self_attention.submodules.k_layernorm = RMSNorm
