@@ -31,7 +31,7 @@ from torch import Tensor
 
 from megatron_amopo.data.batching import GroupBatch
 from megatron_amopo.data.segments import Branch, PackedSegments
-from megatron_amopo.model.attention import PackedAttention
+from megatron_amopo.model.attention import AUTO, PackedAttention
 from megatron_amopo.model.logprobs import DEFAULT_BUFFER_BYTES
 from megatron_amopo.model.response_head import ResponseHead
 from megatron_amopo.model.rotary import Llama3Scaling, PackedRotaryEmbedding
@@ -95,6 +95,7 @@ def build_model(
     *,
     pre_process: bool = True,
     post_process: bool = True,
+    attention: str = AUTO,
     vp_stage: int | None = None,
     pg_collection: ProcessGroupCollection | None = None,
 ) -> GPTModel:
@@ -104,6 +105,7 @@ def build_model(
         config: Megatron's configuration; ``transformer_impl`` chooses Transformer Engine or Megatron's own layers.
         shape: the rest of the sizes.
         pre_process, post_process: whether this pipeline stage holds the embedding and the output layer.
+        attention: a backend of ``attention.py``, by name.
         vp_stage: virtual pipeline stage.
         pg_collection: process groups; None takes Megatron's global ones.
     """
@@ -117,7 +119,9 @@ def build_model(
         config.use_te_activation_func = True
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, vp_stage, pg_collection),
+        transformer_layer_spec=_layer_spec(
+            config, partial(PackedAttention, backend=attention), vp_stage, pg_collection
+        ),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=pre_process,
@@ -190,16 +194,19 @@ def _response_head(
 
 
 def _layer_spec(
-    config: TransformerConfig, vp_stage: int | None, pg_collection: ProcessGroupCollection | None
+    config: TransformerConfig,
+    core_attention: partial[PackedAttention],
+    vp_stage: int | None,
+    pg_collection: ProcessGroupCollection | None,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Megatron's layers with our attention, and in the torch flavour our norm and activation, too."""
     if config.transformer_impl == "transformer_engine":
         submodules = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.qk_layernorm)
-        submodules.self_attention.submodules.core_attention = PackedAttention
+        submodules.self_attention.submodules.core_attention = core_attention
         return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
     submodules = get_gpt_layer_local_submodules(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    submodules.self_attention.submodules.core_attention = PackedAttention
+    submodules.self_attention.submodules.core_attention = core_attention
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
     submodules.mlp.keywords["submodules"].activation_func = SwiGLU  # used where the configuration asks for it
     if config.qk_layernorm:

@@ -24,10 +24,12 @@ from megatron_amopo.data.groups import SHARINGS, Sharing
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.data.planning import GlobalBatches
 from megatron_amopo.errors import ConfigError
+from megatron_amopo.model.attention import AUTO, BACKENDS
 from megatron_amopo.model.builder import ModelShape
 from megatron_amopo.model.logprobs import DEFAULT_BUFFER_BYTES
 from megatron_amopo.objectives import PAIRWISE_LOSSES, WEIGHTINGS, pairwise_parameters
 from megatron_amopo.training.checks import (
+    check_attention,
     check_before,
     check_checkpoint,
     check_data,
@@ -79,6 +81,7 @@ class RunConfig:
     max_tokens: int | None  # of a micro-batch; None where --micro-batch-size was given
     eval_at_start: bool
     dump_logps: Path | None
+    attention: str
     head_buffer_mib: int
     vocab_size: int  # without padding
     shape: ModelShape
@@ -136,6 +139,13 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="after an evaluation, write each validation record's log-probabilities (JSON lines)",
     )
     add(
+        "--amopo-attention",
+        choices=[AUTO, *BACKENDS],
+        default=AUTO,
+        help="what computes attention: one scaled_dot_product_attention per branch, torch's varlen_attn or "
+        "FlashAttention-3; auto takes the last of these that runs here (default: %(default)s)",
+    )
+    add(
         "--amopo-head-buffer-mib",
         type=int,
         default=DEFAULT_BUFFER_BYTES // 2**20,
@@ -173,6 +183,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     check_flags(args, flags, shape)
     _set_shape(args, shape, {flag.name: flag.default for flag in flags}, hf_folder)
     check_shape(args)
+    check_attention(args)
     check_outputs(args, checkpoint)
     check_export(args)
     groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
@@ -214,6 +225,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         max_tokens=args.amopo_max_tokens_per_micro_batch,
         eval_at_start=args.amopo_eval_at_start,
         dump_logps=args.amopo_dump_logps,
+        attention=args.amopo_attention,
         head_buffer_mib=args.amopo_head_buffer_mib,
         vocab_size=args.vocab_size,
         shape=ModelShape.of(shape, rope_scaling(hf_config), padded_vocab_size=args.padded_vocab_size),

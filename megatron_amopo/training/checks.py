@@ -10,10 +10,14 @@ import math
 import os
 from pathlib import Path
 
+import torch
+
+from megatron_amopo import device
 from megatron_amopo.checkpoint.families import SequenceLimit
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError, DataError
+from megatron_amopo.model.attention import select_backend
 
 #: The least that a number may be.
 _LEAST = {
@@ -144,6 +148,11 @@ def check_shape(args: argparse.Namespace) -> None:
         )
     if args.num_layers < pp:
         raise ConfigError(f"--pipeline-model-parallel-size {pp} is more than the model's {args.num_layers} layers")
+
+
+def check_attention(args: argparse.Namespace) -> None:
+    """Whether the attention that was asked for runs on this machine in this precision."""
+    select_backend(args.amopo_attention, device.current_device(), torch.bfloat16 if args.bf16 else torch.float32)
 
 
 def check_tokenizer(manifest: Manifest, data: Path, hf_folder: Path, vocab_size: int) -> None:

@@ -130,6 +130,7 @@ def _model_provider(
         run_config.shape,
         pre_process=pre_process,
         post_process=post_process,
+        attention=run_config.attention,
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )

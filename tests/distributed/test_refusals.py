@@ -23,6 +23,7 @@ FLAGS = {
         2,
         "--hybrid-context-parallel is not supported",
     ),
+    "attention": (["--amopo-attention", "varlen", "--bf16"], 1, "--amopo-attention varlen needs CUDA and --bf16"),
     "no context": (["--context-parallel-size", "0"], 1, "--context-parallel-size is 0"),
     "more ranks than context": (
         ["--context-parallel-size", "2"],

@@ -1,14 +1,22 @@
 """Packed attention against a dense mask written out token by token, in float64, values and gradients."""
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_amopo.certification.tiny import random_groups
 from megatron_amopo.data.batching import pack
 from megatron_amopo.data.segments import Branch, PackedSegments
+from megatron_amopo.errors import ConfigError
 from megatron_amopo.model.attention import (
     PackedAttention,
+    flash3_attention,
     per_branch_attention,
+    select_backend,
     varlen_attention,
 )
 
@@ -103,6 +111,66 @@ def test_the_gathered_keys_are_what_a_variable_length_kernel_takes(table):
     torch.testing.assert_close(torch.cat(outputs), dense(q, k, v, segments), rtol=1e-10, atol=1e-12)
 
 
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal, deterministic
+):
+    """FlashAttention-3's by its documentation: fewer KV heads, causal at the bottom right, lengths that bound."""
+    assert (causal, deterministic) == (True, False)
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    outputs = []
+    for a, b, c, d in zip(cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:], strict=False):
+        assert b - a <= max_seqlen_q
+        assert d - c <= max_seqlen_k
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(int(d - c - (b - a)))
+        heads_first = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("gives_log_sum_exp", [False, True])
+def test_flash3_is_called_as_documented(monkeypatch, gives_log_sum_exp):
+    """On a stand-in, because the library is built for GPUs."""
+
+    def function(*args, **options):
+        attended = flash_attn_varlen_func(*args, **options)
+        return (attended, None) if gives_log_sum_exp else attended
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=function))
+    segments, num_tokens = packed("tree")
+    tensors = inputs(num_tokens)
+    torch.testing.assert_close(flash3_attention(*tensors, segments, scale=0.3), dense(*tensors, segments, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "has_flash3", "chosen"),
+    [
+        ("cpu", torch.bfloat16, None, True, per_branch_attention),
+        ("cuda", torch.float32, (9, 0), True, per_branch_attention),
+        ("cuda", torch.bfloat16, (8, 0), True, varlen_attention),
+        ("cuda", torch.bfloat16, (9, 0), False, varlen_attention),
+        ("cuda", torch.float16, (9, 0), True, flash3_attention),
+        ("cuda", torch.bfloat16, (10, 0), True, varlen_attention),
+    ],
+)
+def test_which_backend_runs_where(monkeypatch, device, dtype, capability, has_flash3, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: has_flash3 or None)
+    select = select_backend.__wrapped__  # what it says of this machine stays out of the cache
+    assert select("auto", torch.device(device), dtype) is chosen
+    assert select("sdpa", torch.device(device), dtype) is per_branch_attention
+
+
+def test_a_backend_that_can_not_run_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="--amopo-attention varlen needs CUDA and --bf16; it would run on cpu"):
+        select_backend("varlen", torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(ConfigError, match="unknown attention backend 'flash'"):
+        select_backend("flash", torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    with pytest.raises(ConfigError, match="--amopo-attention fa3 needs a Hopper GPU"):
+        select_backend("fa3", torch.device("cuda"), torch.bfloat16)
+
+
 def test_module_takes_megatrons_layout_and_pads_with_zeros():
     segments, num_tokens = packed("tree")
     q, k, v = inputs(num_tokens)
@@ -124,13 +192,18 @@ def test_module_refuses_another_kind_of_packing():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("table", TABLES)
-def test_varlen_equals_dense_on_cuda(table, dtype):
+@pytest.mark.parametrize("name", ["varlen", "fa3"])
+def test_kernels_equal_dense_on_cuda(name, table, dtype):
     device = torch.device("cuda")
+    try:
+        backend = select_backend(name, device, dtype)
+    except ConfigError as missing:
+        pytest.skip(str(missing))
     segments, num_tokens = TABLES[table]()
     segments = PackedSegments(segments.branches, device)
     tensors = inputs(num_tokens, dtype, device)
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    actual, expected = varlen_attention(*tensors, segments), dense(*wide, segments)
+    actual, expected = backend(*tensors, segments), dense(*wide, segments)
     incoming = torch.randn(actual.shape, generator=torch.Generator().manual_seed(3)).to(device)
     gradients = torch.autograd.grad(actual, tensors, incoming.to(dtype))
     references = torch.autograd.grad(expected, wide, incoming.double())
