@@ -22,7 +22,7 @@ from megatron_amopo.checkpoint.families import (
 from megatron_amopo.checkpoint.megatron import MegatronCheckpoint
 from megatron_amopo.checkpoint.parameters import Parameter, hf_shapes
 from megatron_amopo.checkpoint.streaming import PART_NUMBERS
-from megatron_amopo.checkpoint.tensor_files import StoredTensor, raw_bytes
+from megatron_amopo.checkpoint.tensor_files import StoredTensor
 from megatron_amopo.errors import CheckpointError
 
 #: Where a Megatron checkpoint folder keeps config.json, tokenizer and the record of the original weights.
@@ -113,9 +113,9 @@ def equal(left: StoredTensor, right: StoredTensor) -> bool:
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two contiguous tensors have the same bytes: equal exactly where the numbers are, NaN and the sign of zero
-    included."""
-    return bool((raw_bytes(left) == raw_bytes(right)).all())
+    """Whether two contiguous tensors of one type have the same bytes: NaN equals itself, zero and minus zero differ."""
+    bits = {2: torch.int16, 4: torch.int32}[left.dtype.itemsize]
+    return torch.equal(left.view(bits), right.view(bits))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -29,6 +29,7 @@ from megatron_amopo.checkpoint.families import megatron_arguments
 from megatron_amopo.checkpoint.hf_writer import DEFAULT_SHARD_SIZE, HfWriter, plan_files
 from megatron_amopo.checkpoint.megatron import TRACKER, MegatronCheckpoint
 from megatron_amopo.checkpoint.megatron_writer import write_checkpoint
+from megatron_amopo.checkpoint.memory import converted
 from megatron_amopo.checkpoint.output_folder import new_folder
 from megatron_amopo.checkpoint.parameters import Parameter, Part, hf_shapes
 from megatron_amopo.checkpoint.record import WeightsRecord, read_record, write_record
@@ -163,10 +164,10 @@ def megatron_to_hf(
     def convert(part: Part) -> None:
         tensor = checkpoint.read(part.parameter, part.layer, part.first_row, part.shape[0])
         for rows, piece in zip(part.pieces, part.split(tensor), strict=True):
-            converted = piece.to(infos[rows.name].dtype)
-            finite.look(rows.name, converted)
-            writer.write(rows.name, converted, rows.first)
-            bar.update(converted.nbytes)
+            weights = converted(piece, infos[rows.name].dtype)
+            finite.look(rows.name, weights)
+            writer.write(rows.name, weights, rows.first)
+            bar.update(weights.nbytes)
 
     target = Path(hf_dir)
     with (

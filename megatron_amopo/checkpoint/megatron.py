@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_amopo.checkpoint.memory import empty
 from megatron_amopo.checkpoint.parameters import Parameter
 from megatron_amopo.checkpoint.tensor_files import StoredTensor, TensorInfo, saved_tensor
 from megatron_amopo.errors import CheckpointError
@@ -130,7 +131,7 @@ class MegatronCheckpoint:
         items = create_read_items_for_chunk_list(parameter.megatron, nearby, [wanted])
         if sum(item.lengths.numel() for item in items) != wanted.sizes.numel():
             raise CheckpointError(f"{where}: the stored chunks don't cover rows {first_row} to {first_row + rows}")
-        target = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
+        target = empty(wanted.sizes, entry.properties.dtype)
         sizes = {MetadataIndex(parameter.megatron, stored.offsets): stored.sizes for stored in nearby.chunks}
         try:
             for item in items:
@@ -160,10 +161,10 @@ class MegatronCheckpoint:
         if stored is None or not whole_rows:
             self._reader.read_data(LoadPlan([item]), _LoadPlanner(place)).wait()
             return
-        rows = place.view(place.shape[row_axis:]) if place.is_contiguous() else place.new_empty(place.shape[row_axis:])
-        dataclasses.replace(stored, info=TensorInfo(target.dtype, tuple(sizes[row_axis:]))).read_into(
-            rows, item.storage_offsets[row_axis]
-        )
+        stored = dataclasses.replace(stored, info=TensorInfo(target.dtype, tuple(sizes[row_axis:])))
+        shape = place.shape[row_axis:]
+        rows = place.view(shape) if place.is_contiguous() else empty(shape, target.dtype)
+        stored.read_into(rows, item.storage_offsets[row_axis])
         if not place.is_contiguous():
             place.copy_(rows.view(place.shape))
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_amopo.checkpoint.memory import empty
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -137,16 +139,20 @@ class Part:
         if len(pieces) == 1:
             return pieces[0]
         blocks = [piece.reshape(self.blocks, -1, *self.shape[1:]) for piece in pieces]
-        return torch.cat(blocks, dim=1).reshape(self.shape)
+        joined = empty(self.shape, pieces[0].dtype)
+        torch.cat(blocks, dim=1, out=joined.view(self.blocks, -1, *self.shape[1:]))
+        return joined
 
     def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The Hugging Face rows, contiguous, from the Megatron rows: the inverse of `join`."""
+        if len(self.pieces) == 1:
+            return (tensor.contiguous(),)
         heights = [piece.count // self.blocks for piece in self.pieces]
-        cut = tensor.reshape(self.blocks, sum(heights), *self.shape[1:]).split(heights, dim=1)
-        return tuple(
-            blocks.reshape(piece.count, *self.shape[1:]).contiguous()
-            for blocks, piece in zip(cut, self.pieces, strict=True)
-        )
+        pieces = []
+        for blocks in tensor.reshape(self.blocks, -1, *self.shape[1:]).split(heights, dim=1):
+            piece = empty(blocks.shape, tensor.dtype).copy_(blocks)
+            pieces.append(piece.view(-1, *self.shape[1:]))
+        return tuple(pieces)
 
 
 def hf_shapes(table: Sequence[Parameter]) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_amopo.checkpoint.memory import empty
 from megatron_amopo.errors import CheckpointError
 
 #: safetensors' names of the types that weights may have.
@@ -77,7 +78,7 @@ class StoredTensor:
             CheckpointError: the file ends too soon. OSError: it can't be read.
         """
         rows = self.info.shape[0] - first_row if rows is None else rows
-        target = torch.empty((rows, *self.info.shape[1:]), dtype=self.info.dtype)
+        target = empty((rows, *self.info.shape[1:]), self.info.dtype)
         self.read_into(target, first_row)
         return target
 

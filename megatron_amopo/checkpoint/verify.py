@@ -21,6 +21,7 @@ from megatron_amopo.checkpoint.checks import (
     read_table,
     same_bits,
 )
+from megatron_amopo.checkpoint.memory import converted
 from megatron_amopo.checkpoint.parameters import Part
 from megatron_amopo.checkpoint.streaming import DEFAULT_WORKERS, PART_NUMBERS, Progress, in_threads
 
@@ -76,7 +77,7 @@ def verify(
         tensor = checkpoint.read(part.parameter, part.layer, part.first_row, part.shape[0])
         for rows, piece in zip(part.pieces, part.split(tensor), strict=True):
             expected = source.tensors[rows.name].read(rows.first, rows.count)
-            actual = piece.to(expected.dtype)
+            actual = converted(piece, expected.dtype)
             if not same_bits(actual, expected):
                 found[rows.name] = (actual.double() - expected.double()).abs().max().item()
             bar.update(expected.nbytes)

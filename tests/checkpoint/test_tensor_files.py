@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_amopo.checkpoint.memory import converted, empty
 from megatron_amopo.checkpoint.tensor_files import safetensors_tensors, saved_tensor, saved_tensors
 from megatron_amopo.errors import CheckpointError
 
@@ -104,3 +105,15 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     assert torch.equal(place.read(0, 99), torch.ones(99, 10))
     with pytest.raises(CheckpointError, match=r"weights\.safetensors: ends after \d+ bytes, in the middle of a tensor"):
         place.read(99, 1)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1100, 512)])
+def test_memory_of_its_own(shape: tuple[int, int]) -> None:
+    """Small tensors and those that get pages of their own are alike."""
+    for dtype in (torch.bfloat16, torch.float32):
+        tensor = empty(shape, dtype)
+        assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
+        numbers = torch.randn(shape)
+        assert torch.equal(tensor.copy_(numbers), numbers.to(dtype))
+        assert converted(tensor, dtype) is tensor
+        assert torch.equal(converted(tensor, torch.float16), tensor.to(torch.float16))
