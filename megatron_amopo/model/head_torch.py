@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_TILE, _CPU_TILE = 2**23, 2**17  # elements; on CPUs for each thread: half a MiB of float32
+_TILE, _CPU_TILE = 2**23, 2**18  # elements; on CPUs for each thread: a MiB of float32
 
 
 def add_statistics(logits: Tensor, targets: Tensor, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> None:
@@ -24,8 +24,7 @@ def add_statistics(logits: Tensor, targets: Tensor, row_max: Tensor, sum_exp: Te
             their dtype is that of the arithmetic.
         target_logit: ``[r]``, set where the target stands in this block.
     """
-    for rows in _tiles(logits):
-        tile = logits[rows].to(row_max.dtype)
+    for rows, tile in _wide_tiles(logits, row_max.dtype):
         index, is_here = _within(targets[rows], logits.shape[1])
         target_logit[rows] = torch.where(is_here, tile.gather(1, index)[:, 0], target_logit[rows])
         new_max = torch.maximum(row_max[rows], tile.amax(-1))
@@ -43,19 +42,25 @@ def write_grad_logits(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, grad
         log_sum_exp: ``[r]`` over the whole vocabulary; its dtype is that of the arithmetic.
         grad_logps: ``[r]`` gradient of the rows' log-probabilities.
     """
-    for rows in _tiles(logits):
-        tile = logits[rows].to(log_sum_exp.dtype)
+    for rows, tile in _wide_tiles(logits, log_sum_exp.dtype):
         index, is_here = _within(targets[rows], logits.shape[1])
         tile.sub_(log_sum_exp[rows, None]).exp_()
         tile.scatter_add_(1, index, -is_here[:, None].to(tile.dtype))
         tile.mul_(-grad_logps[rows, None])
-        logits[rows] = tile  # of float32 logits the tile is a view
+        if tile.dtype != logits.dtype:
+            logits[rows] = tile
 
 
-def _tiles(logits: Tensor) -> Iterator[slice]:
+def _wide_tiles(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of ``logits`` and their content in ``dtype``: a view if they have that already, else a copy in memory that
+    the next tile takes over."""
     elements = _CPU_TILE * torch.get_num_threads() if logits.device.type == "cpu" else _TILE
     step = max(1, elements // logits.shape[1])
-    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
+    memory = None if logits.dtype == dtype else torch.empty_like(logits[:step], dtype=dtype)
+    for start in range(0, logits.shape[0], step):
+        rows = slice(start, start + step)
+        tile = logits[rows]
+        yield rows, tile if memory is None else memory[: tile.shape[0]].copy_(tile)
 
 
 def _within(targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ weight's gradient, which is read and written once per block of rows, would be a 
 Shapes: N rows, H hidden size, V vocabulary rows in the weight over all ranks, padding included; v = V / TP rows here.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,11 +25,6 @@ from torch import Tensor
 from megatron_amopo.errors import ConfigError
 from megatron_amopo.model import head_torch
 from megatron_amopo.model.accumulate import add_product
-
-try:
-    from megatron_amopo.model import head_triton
-except ImportError:  # torch's builds for CPU come without Triton
-    head_triton = None  # type: ignore[assignment]
 
 DEFAULT_BUFFER_BYTES = 80 * 2**20
 
@@ -259,9 +255,17 @@ def _placeholder(weight: Tensor) -> Tensor | None:
 
 
 def _kernels(hidden: Tensor) -> ModuleType:
-    if head_triton is not None and hidden.is_cuda and hidden.dtype in head_triton.DTYPES:
-        return head_triton
-    return head_torch
+    triton = _triton_kernels() if hidden.is_cuda else None
+    return triton if triton is not None and hidden.dtype in triton.DTYPES else head_torch
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    try:
+        from megatron_amopo.model import head_triton
+    except ImportError:
+        return None
+    return head_triton
 
 
 def _statistics_dtype(hidden: Tensor) -> torch.dtype:
