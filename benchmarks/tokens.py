@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts: dict[str, TokenCounts] = {}
     for path in args.data:
         source = source_of(args, path)
-        label = f"{path.parent.name}/{path.stem}" if len({p.stem for p in args.data}) < len(args.data) else path.stem
+        label = "/".join(path.with_suffix("").parts[-2:])
         counts[label] = count(source, None)
         counts[f"{label}, ≤ {args.short}"] = count(source, args.short)
     text = report(counts, args.short)
@@ -132,7 +132,7 @@ def plot(counts: Mapping[str, TokenCounts]) -> Figure:
             values = [getattr(c, name) for c in counts.values()]
             positions = [place + (number - (len(BARS) - 1) / 2) * width for place in range(len(counts))]
             axes.bar(positions, values, width * 0.95, label=label, color=colour)
-        axes.set_xticks(range(len(counts)), [label.replace(", ", ",\n") for label in counts])
+        axes.set_xticks(range(len(counts)), [label.replace("/", "/\n").replace(", ", ",\n") for label in counts])
         axes.set_ylabel("tokens per record")
         axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         figure.tight_layout()
