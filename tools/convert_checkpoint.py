@@ -5,7 +5,8 @@
     convert_checkpoint.py megatron-to-hf MEGATRON_DIR HF_DIR
     convert_checkpoint.py verify HF_DIR MEGATRON_DIR [--logits]
 
-Exit codes: 0 done (verify: all equal), 1 verify found differences, 2 an error that the message explains.
+Exit codes: 0 done (verify: all equal), 1 verify found differences, 2 an error that the message explains,
+130 interrupted: nothing is left.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
     except AmopoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_megatron.set_defaults(run=_to_megatron)
     to_megatron.add_argument("hf_dir", metavar="HF_DIR", help="folder with config.json and safetensors")
-    to_megatron.add_argument("megatron_dir", metavar="MEGATRON_DIR", help="new folder; give it to training as --load")
+    to_megatron.add_argument(
+        "megatron_dir", metavar="MEGATRON_DIR", help="new folder; give it to training as --pretrained-checkpoint"
+    )
     to_megatron.add_argument("--force", action="store_true", help="replace a Megatron checkpoint folder that exists")
     _add_pickle(to_megatron)
     _add_workers(to_megatron)

@@ -7,6 +7,7 @@ here, and nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -153,6 +154,6 @@ def _rotary_base(config: Mapping[str, Any], default: int | None) -> int:
     theta = next(iter(said.values()), default)
     if theta is None:
         raise CheckpointError("config.json: rope_theta is missing (neither at the top nor in rope_parameters)")
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0 or theta != int(theta):
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf or theta != int(theta):
         raise CheckpointError(f"config.json: rope_theta {theta!r} is not a positive whole number")
     return int(theta)

@@ -27,7 +27,7 @@ from megatron_amopo.checkpoint.checks import (
 )
 from megatron_amopo.checkpoint.families import megatron_arguments
 from megatron_amopo.checkpoint.hf_writer import DEFAULT_SHARD_SIZE, HfWriter, plan_files
-from megatron_amopo.checkpoint.megatron import TRACKER, MegatronCheckpoint
+from megatron_amopo.checkpoint.megatron import RELEASE, TRACKER, MegatronCheckpoint
 from megatron_amopo.checkpoint.megatron_writer import write_checkpoint
 from megatron_amopo.checkpoint.memory import converted
 from megatron_amopo.checkpoint.output_folder import new_folder
@@ -103,7 +103,14 @@ def hf_to_megatron(
     target = Path(megatron_dir)
     with (
         Progress("import", size, shown=progress) as bar,
-        new_folder(target, force=force, size=size, sources=[source.path], replaces=TRACKER) as folder,
+        new_folder(
+            target,
+            force=force,
+            size=size,
+            sources=[source.path],
+            replaces=TRACKER,
+            may_hold=(RELEASE, HF_SUBFOLDER, TRACKER),
+        ) as folder,
     ):
         beside = folder / HF_SUBFOLDER
         beside.mkdir()
@@ -172,7 +179,7 @@ def megatron_to_hf(
     target = Path(hf_dir)
     with (
         Progress("export", size, shown=progress) as bar,
-        new_folder(target, force=force, size=size, sources=[root], replaces=hf.CONFIG) as folder,
+        new_folder(target, force=force, size=size, sources=[root], replaces=hf.CONFIG, may_hold=hf.FILES) as folder,
     ):
         hf.copy_side_files(beside, folder)
         with HfWriter(folder, infos, plan) as writer:

@@ -142,7 +142,7 @@ def _check_qwen_windows(config: Mapping[str, Any]) -> None:
     if not flag(config, "use_sliding_window") or config.get("sliding_window") is None or config.get("layer_types"):
         return
     layers = whole_number(config, "num_hidden_layers")
-    if config.get("max_window_layers", 0) < layers:
+    if (config.get("max_window_layers") or 0) < layers:
         raise CheckpointError(
             f"config.json: use_sliding_window with max_window_layers {config.get('max_window_layers')} of {layers} "
             "layers: sliding-window attention is not supported"
@@ -252,8 +252,8 @@ def ignored_tensor(hf_config: Mapping[str, Any], name: str) -> str | None:
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The entry of FAMILIES for this config.json; CheckpointError where there is none."""
     architectures = hf_config.get("architectures")
-    if not architectures:
-        raise CheckpointError("config.json: architectures is missing or empty: which family is this?")
+    if not architectures or not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise CheckpointError("config.json: architectures is missing or no list of names: which family is this?")
     if len(architectures) > 1 or architectures[0] not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"config.json: architectures {', '.join(architectures)}: not supported; known: {known}")

@@ -28,6 +28,8 @@ _SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -35,8 +37,13 @@ _SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
 )
 _MORE_TEMPLATES = "additional_chat_templates"
+#: What a folder that a conversion wrote holds, as patterns of names.
+FILES = (CONFIG, "*.safetensors", INDEX, *_SIDE_FILES, _MORE_TEMPLATES)
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The fields of a JSON file; CheckpointError where it holds no object."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(fields, dict):

@@ -49,6 +49,7 @@ _MORE_TEMPLATES = "additional_chat_templates"
 _LONGEST_HEADER = 100 * 10**6  # bytes; safetensors allows no longer one
 _POLL_S = 0.5
 _REMIND_S = 120.0
+_STALE_S = 24 * 3600.0  # no import takes that long: what another machine left
 
 Convert = Callable[[Path, Path], Any]
 """Writes a Hugging Face folder as a Megatron checkpoint: (Hugging Face folder, new folder)."""
@@ -132,9 +133,9 @@ def import_once(source: Path, cache: Path, convert: Convert, *, quiet: bool = Fa
             return entry
         attempt = _Attempt.read(lock)
         if attempt is not None and attempt.error is not None and (attempt != before or attempt.is_of_this_launch()):
-            # That process says why; its machine's output is this one's, too, unless it is another.
-            reason = "" if attempt.host == platform.node() else f": {attempt.error}"
-            raise CheckpointError(f"{source}: process {attempt.pid} on {attempt.host} failed to import it{reason}")
+            raise CheckpointError(
+                f"{source}: process {attempt.pid} on {attempt.host} failed to import it: {attempt.error}"
+            )
         _import(source, entry, convert, lock)
         return entry
 
@@ -203,9 +204,10 @@ def _import(source: Path, entry: Path, convert: Convert, lock: int) -> None:
     """Import, holding the lock."""
     attempt = _Attempt(uuid.uuid4().hex, platform.node(), os.getpid(), _launch())
     attempt.write(lock)
-    # Whoever else began one is dead: we hold the lock.
+    # Whoever else began one on this machine is dead: we hold the lock, which may not reach other machines.
     for left in entry.parent.glob(f".{entry.name}.importing-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.name.startswith(f".{entry.name}.importing-{attempt.host}-") or _age_s(left) > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
     folder = entry.with_name(f".{entry.name}.importing-{attempt.host}-{attempt.pid}")
     print(f"> importing {source} into {entry}", flush=True)
     start = time.monotonic()
@@ -241,7 +243,21 @@ def _launch() -> str:
     """What all processes share that a torchrun has started on this machine at one time; empty without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
-    return f"{platform.node()} {os.getppid()} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    run, restart = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    parent = os.getppid()
+    try:  # in containers, process ids of one start are those of the next
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # ticks since the boot
+    except OSError:
+        started = ""
+    return f"{platform.node()} {parent} {started} {run} {restart}"
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since a folder last changed."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 @dataclass(frozen=True)

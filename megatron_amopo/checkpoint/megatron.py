@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_amopo.checkpoint.memory import empty
 from megatron_amopo.checkpoint.parameters import Parameter
-from megatron_amopo.checkpoint.tensor_files import StoredTensor, TensorInfo, saved_tensor
+from megatron_amopo.checkpoint.tensor_files import DTYPE_CODES, StoredTensor, TensorInfo, saved_tensor
 from megatron_amopo.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -82,10 +82,10 @@ class MegatronCheckpoint:
         reader = dcp.FileSystemReader(path)
         try:
             metadata = reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, IndexError) as error:
-            raise CheckpointError(f"{path / _DCP_METADATA}: can't be read: {error}") from error
-        reader.set_up_storage_reader(metadata, is_coordinator=True)
-        return cls(path, metadata, reader)
+            reader.set_up_storage_reader(metadata, is_coordinator=True)
+            return cls(path, metadata, reader)
+        except Exception as error:  # unpickling damaged bytes raises nearly anything
+            raise CheckpointError(f"{path / _DCP_METADATA}: can't be read: {error!r}") from error
 
     def check(self, table: Sequence[Parameter]) -> None:
         """Compare names and shapes with the model's.
@@ -104,6 +104,11 @@ class MegatronCheckpoint:
                 raise CheckpointError(
                     f"{self.path}: tensor {parameter.megatron} has shape {list(entry.size)}, "
                     f"but by config.json it has {list(expected)}"
+                )
+            if entry.properties.dtype not in DTYPE_CODES:
+                raise CheckpointError(
+                    f"{self.path}: tensor {parameter.megatron} is {entry.properties.dtype}, a type that weights "
+                    "can't have here"
                 )
         known = {parameter.megatron for parameter in table}
         for name in sorted(self._tensors.keys() - known):
@@ -136,7 +141,7 @@ class MegatronCheckpoint:
         try:
             for item in items:
                 self._read_item(item, sizes[item.storage_index], target, row_axis=0 if layer is None else 1)
-        except (CheckpointError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except (CheckpointError, OSError, EOFError, RuntimeError, LookupError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{where} can't be read: {error}") from error
         return target.reshape(rows, *parameter.shape[1:])
 
@@ -217,7 +222,7 @@ def _iteration_folder(folder: Path, iteration: int | None) -> Path:
             raise CheckpointError(f"{folder}: this is one iteration; give the folder above it")
         hint = "; choose one with --iteration" if any(folder.glob("iter_*")) else ""
         raise CheckpointError(f"{folder}: no checkpoint here (no {TRACKER}){hint}")
-    newest = tracker.read_text(encoding="utf-8").strip()
+    newest = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if newest != RELEASE and not newest.isdecimal():
         raise CheckpointError(f"{tracker}: {newest!r} is neither an iteration nor '{RELEASE}'")
     path = folder / (RELEASE if newest == RELEASE else f"iter_{int(newest):07d}")

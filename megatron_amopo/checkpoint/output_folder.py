@@ -12,7 +12,9 @@ import contextlib
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from megatron_amopo.errors import CheckpointError
@@ -22,7 +24,15 @@ _ROOM_BESIDE_WEIGHTS = 64 * 2**20
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, force: bool, size: int, sources: Sequence[Path], replaces: str) -> Iterator[Path]:
+def new_folder(
+    target: Path,
+    *,
+    force: bool,
+    size: int,
+    sources: Sequence[Path],
+    replaces: str,
+    may_hold: Sequence[str] = ("*",),
+) -> Iterator[Path]:
     """A folder beside `target` that takes its place when the block ends well, and vanishes otherwise.
 
     Args:
@@ -30,7 +40,8 @@ def new_folder(target: Path, *, force: bool, size: int, sources: Sequence[Path],
         size: bytes of the weights to be written.
         sources: folders that are read; the target must not be, contain or lie in one.
         replaces: with `force`, an existing target is replaced only where it holds this file, so that a mistyped path is
-            safe.
+            safe,
+        may_hold: and where the name of everything in it matches one of these patterns.
 
     Raises:
         CheckpointError: the target may not be written, another run is writing it, or the disk is too small or failed.
@@ -40,19 +51,25 @@ def new_folder(target: Path, *, force: bool, size: int, sources: Sequence[Path],
         if inner.is_relative_to(outer) or outer.is_relative_to(inner):
             raise CheckpointError(f"{target}: the output can't be, hold or lie in the input {source}")
     place = target.resolve()  # a link stays, and what it points to is replaced
-    partial, replaced = (place.with_name(f".{place.name}.{state}") for state in ("partial", "replaced"))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{place.parent}: can't be made: {error}") from error
     try:
-        with _alone(place):
+        with _alone(place) as locked:
+            # Without a lock another run may be at work: its folder is another's, and nothing of it is touched.
+            suffix = "" if locked else f"-{uuid.uuid4().hex}"
+            partial, replaced = (place.with_name(f".{place.name}.{state}{suffix}") for state in ("partial", "replaced"))
             _clean_up(place, partial, replaced)
-            _check_target(target, force, replaces)
+            _check_target(target, force, replaces, may_hold)
             _check_room(place.parent, size)
             partial.mkdir()
+            ours = os.open(partial, os.O_RDONLY)  # held open, so that its inode isn't given to another
             try:
                 yield partial
+                # A lock may not reach other machines (Lustre's localflock): then one of two runs has to fail.
+                if not os.path.samestat(os.fstat(ours), partial.stat()):
+                    raise CheckpointError(f"{target}: another run has replaced {partial}, which this one was writing")
                 for folder, _, names in partial.walk():
                     for path in (*(folder / name for name in names), folder):
                         sync(path)
@@ -61,6 +78,7 @@ def new_folder(target: Path, *, force: bool, size: int, sources: Sequence[Path],
                 partial.rename(place)
                 sync(place.parent)
             finally:
+                os.close(ours)
                 with contextlib.suppress(OSError):  # the next run tries again
                     _clean_up(place, partial, replaced)
     except OSError as error:
@@ -93,7 +111,9 @@ def _clean_up(place: Path, partial: Path, replaced: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def _check_target(target: Path, force: bool, replaces: str) -> None:
+def _check_target(target: Path, force: bool, replaces: str, may_hold: Sequence[str]) -> None:
+    if target.is_mount():
+        raise CheckpointError(f"{target} is a mount point, which can't be replaced; name a folder in it")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not force:
@@ -102,6 +122,12 @@ def _check_target(target: Path, force: bool, replaces: str) -> None:
         raise CheckpointError(
             f"{target} has no {replaces}: --force replaces only what an earlier conversion could have written"
         )
+    for path in sorted(target.iterdir()):
+        if not any(fnmatch(path.name, pattern) for pattern in may_hold):
+            raise CheckpointError(
+                f"{target} holds {path.name}, which no conversion writes: --force replaces only what an earlier "
+                "conversion wrote"
+            )
 
 
 def _check_room(folder: Path, size: int) -> None:
@@ -111,10 +137,10 @@ def _check_room(folder: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Hold the lock of a place. The system lets go of it when the process ends, however that happens.
+def _alone(place: Path) -> Iterator[bool]:
+    """Hold the lock of a place (True). The system lets go of it when the process ends, however that happens.
 
-    Where the file system has no locks, nothing is held.
+    Where the file system has no locks, nothing is held (False).
     """
     path = place.with_name(f".{place.name}.lock")
     while True:
@@ -125,14 +151,16 @@ def _alone(place: Path) -> Iterator[None]:
             os.close(descriptor)
             raise CheckpointError(f"{place}: another run is writing it (it holds {path})") from None
         except OSError:
+            locked = False
             break
         # Whoever held the lock before may have removed the file after we opened it.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
+                locked = True
                 break
         os.close(descriptor)
     try:
-        yield
+        yield locked
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)

@@ -14,10 +14,10 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import struct
 import threading
 import zipfile
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ class StoredTensor:
         """Some rows, by default all, in memory of their own.
 
         Raises:
-            CheckpointError: the file ends too soon. OSError: it can't be read.
+            CheckpointError: the file ends too soon or can't be read.
         """
         rows = self.info.shape[0] - first_row if rows is None else rows
         target = empty((rows, *self.info.shape[1:]), self.info.dtype)
@@ -88,12 +88,15 @@ class StoredTensor:
         assert (target.dtype, target.shape[1:]) == (self.info.dtype, self.info.shape[1:])
         left = memoryview(raw_bytes(target))
         position = self.offset + first_row * self.info.row_nbytes
-        with self.path.open("rb", buffering=0) as file:
-            while left:
-                count = os.preadv(file.fileno(), [left], position)
-                if count == 0:
-                    raise CheckpointError(f"{self.path}: ends after {position} bytes, in the middle of a tensor")
-                left, position = left[count:], position + count
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while left:
+                    count = os.preadv(file.fileno(), [left], position)
+                    if count == 0:
+                        raise CheckpointError(f"{self.path}: ends after {position} bytes, in the middle of a tensor")
+                    left, position = left[count:], position + count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: can't be read: {error.strerror}") from error
 
 
 def raw_bytes(tensor: torch.Tensor) -> Any:
@@ -144,14 +147,17 @@ def saved_tensors(path: Path) -> dict[str, StoredTensor]:
             "and save it again (save_pretrained writes safetensors)"
         )
     try:
-        content = _load_places(path, 0, path.stat().st_size)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        content, records = _load_places(path, 0, path.stat().st_size)
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
         raise CheckpointError(f"{path}: can't be read as weights only: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds no dictionary of tensors")
     tensors = {}
     for name, value in content.items():
-        stored = _place(path, 0, value) if isinstance(value, torch.Tensor) else None
+        try:
+            stored = _place(path, 0, value, records) if isinstance(value, torch.Tensor) else None
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: tensor {name}: {error}") from error
         if stored is None:
             raise CheckpointError(f"{path}: {name} is not a plain tensor of {', '.join(_DTYPES)}")
         tensors[name] = stored
@@ -165,22 +171,43 @@ def saved_tensor(path: Path, start: int, length: int) -> StoredTensor | None:
     Raises:
         RuntimeError, OSError, EOFError, pickle.UnpicklingError: there is no such thing.
     """
-    value = _load_places(path, start, length)
-    return _place(path, start, value) if isinstance(value, torch.Tensor) else None
+    value, records = _load_places(path, start, length)
+    return _place(path, start, value, records) if isinstance(value, torch.Tensor) else None
 
 
-def _load_places(path: Path, start: int, length: int) -> Any:
-    """What `torch.save` wrote, with fake tensors: their storages have no numbers, but know where those lie."""
-    with path.open("rb", buffering=0) as file, _Window(file, start, length) as window, _fake_tensors, FakeTensorMode():
-        return torch.load(io.BufferedReader(window), weights_only=True)
+def _load_places(path: Path, start: int, length: int) -> tuple[Any, list[int]]:
+    """What `torch.save` wrote, with fake tensors: their storages have no numbers, but know where those lie. And where
+    the records of the zip archive begin, and the last one ends, in order."""
+    with path.open("rb", buffering=0) as file, _Window(file, start, length) as window:
+        try:
+            archive = zipfile.ZipFile(io.BufferedReader(window))
+        except zipfile.BadZipFile as error:
+            raise RuntimeError(f"not what torch.save writes: {error}") from error
+        with archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise RuntimeError(f"record {record.filename} is compressed, which torch.save never does")
+                if record.filename.endswith("byteorder") and archive.read(record) != b"little":
+                    raise RuntimeError("its numbers are big-endian")
+            records = sorted([*(record.header_offset for record in archive.infolist()), archive.start_dir])
+        window = _Window(file, start, length)  # the archive's buffer closed the other
+        with window, _fake_tensors, FakeTensorMode():
+            return torch.load(io.BufferedReader(window), weights_only=True), records
 
 
-def _place(path: Path, start: int, tensor: torch.Tensor) -> StoredTensor | None:
-    """Where a fake tensor's numbers lie; None where they aren't stored row after row, or have another type."""
+def _place(path: Path, start: int, tensor: torch.Tensor, records: list[int]) -> StoredTensor | None:
+    """Where a fake tensor's numbers lie; None where they aren't stored row after row, or have another type.
+
+    Raises:
+        RuntimeError: they would reach beyond their record of the archive.
+    """
     storage_offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if storage_offset is None or not tensor.is_contiguous() or tensor.dtype not in DTYPE_CODES or tensor.dim() == 0:
         return None
-    offset = start + storage_offset + tensor.storage_offset() * tensor.dtype.itemsize
+    first = storage_offset + tensor.storage_offset() * tensor.dtype.itemsize
+    if first + tensor.numel() * tensor.dtype.itemsize > records[min(bisect(records, first), len(records) - 1)]:
+        raise RuntimeError("a record is shorter than its tensor")
+    offset = start + first
     return StoredTensor(path, offset, TensorInfo(tensor.dtype, tuple(tensor.shape)))
 
 

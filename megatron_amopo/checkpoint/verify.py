@@ -7,6 +7,8 @@ compute.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +93,7 @@ def verify(
     for part, largest in zip(parts, found, strict=True):
         for name, difference in largest.items():
             known = differing[part.parameter.megatron]
-            known[name] = max(known.get(name, 0.0), difference)
+            known[name] = _larger(known.get(name, 0.0), difference)
     return tuple(
         Comparison(
             parameter.megatron,
@@ -99,7 +101,12 @@ def verify(
             dtype_name(checkpoint.dtype(parameter)),
             len(parameter.pieces) * len(parameter.layer_numbers),
             tuple(differing[parameter.megatron]),
-            max(differing[parameter.megatron].values(), default=0.0),
+            functools.reduce(_larger, differing[parameter.megatron].values(), 0.0),
         )
         for parameter in table
     )
+
+
+def _larger(left: float, right: float) -> float:
+    """The larger of two differences; NaN, which compares as neither, is the largest."""
+    return right if math.isnan(right) or right > left else left

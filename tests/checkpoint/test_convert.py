@@ -217,6 +217,19 @@ def test_force_replaces_only_what_looks_like_an_output(make_folder: MakeFolder, 
         hf_to_megatron(original, original / "megatron")
     with pytest.raises(CheckpointError, match="can't be, hold or lie in the input"):
         hf_to_megatron(original, tmp_path, force=True)
+    # A training run has a tracker file, too; a working copy has a config.json.
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    (run / "iter_0000500").mkdir(parents=True)
+    (run / "latest_checkpointed_iteration.txt").write_text("500")
+    with pytest.raises(CheckpointError, match="holds iter_0000500, which no conversion writes"):
+        hf_to_megatron(original, run, force=True)
+    megatron = tmp_path / "megatron"
+    hf_to_megatron(original, megatron)
+    copy.mkdir()
+    (copy / "config.json").write_text("{}")
+    (copy / "train.py").write_text("")
+    with pytest.raises(CheckpointError, match=r"holds train\.py, which no conversion writes"):
+        megatron_to_hf(megatron, copy, force=True)
     assert (precious / "thesis.tex").exists()
 
 

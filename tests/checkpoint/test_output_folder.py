@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,3 +127,32 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file: can't be made"):
         write(tmp_path / "file" / "out")
+
+
+def test_two_runs_without_locks_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system has no locks, each run writes a folder of its own."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with new_folder(tmp_path / "out", force=True, size=0, sources=[], replaces=MARK) as slow:
+        (slow / MARK).write_text("slow")
+        write(tmp_path / "out", "quick")
+        assert (tmp_path / "out" / MARK).read_text() == "quick"
+        assert slow.exists()
+    assert (tmp_path / "out" / MARK).read_text() == "slow"
+
+
+def test_a_run_whose_folder_another_took_fails(tmp_path: Path) -> None:
+    """A lock that doesn't reach another machine: that one clears the folder away and writes its own."""
+
+    def write_while_another_run_clears_up() -> None:
+        with new_folder(tmp_path / "out", force=False, size=0, sources=[], replaces=MARK) as folder:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            (folder / "half").touch()
+
+    with pytest.raises(CheckpointError, match="another run has replaced"):
+        write_while_another_run_clears_up()
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ refused."""
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,14 @@ def test_memory_of_its_own(shape: tuple[int, int]) -> None:
         assert torch.equal(tensor.copy_(numbers), numbers.to(dtype))
         assert converted(tensor, dtype) is tensor
         assert torch.equal(converted(tensor, torch.float16), tensor.to(torch.float16))
+
+
+def test_a_compressed_pickle_is_refused(tmp_path: Path) -> None:
+    """Its bytes aren't where torch says that they are."""
+    plain, packed = tmp_path / "plain.bin", tmp_path / "packed.bin"
+    torch.save({"a": torch.zeros(1000), "b": torch.ones(1000)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(CheckpointError, match=r"packed\.bin: .*compressed"):
+        saved_tensors(packed)
