@@ -5,6 +5,7 @@ importable module that runs on the first n ranks, each with its environment set 
 each rank comes back.
 """
 
+import gc
 import logging
 import os
 import socket
@@ -116,3 +117,5 @@ def _work(rank: int, connection: Connection, gpus: bool) -> None:
             connection.send((True, job(*args, **kwargs)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+        # Models and Megatron's globals refer to each other; gloo's threads live as long as they do.
+        gc.collect()
