@@ -26,7 +26,7 @@ from megatron_amopo.errors import ConfigError
 from megatron_amopo.model import head_torch
 from megatron_amopo.model.accumulate import add_product
 
-DEFAULT_BUFFER_BYTES = 80 * 2**20
+DEFAULT_BUFFER_BYTES = 64 * 2**20
 
 # A GEMM that sums over fewer rows than the first spends its time on reading and writing the weight's gradient; beyond
 # the second nothing is gained.

@@ -148,7 +148,7 @@ def test_planned_memory_is_two_percent_of_the_logits(element_size, tp, hidden_si
     rows, columns = 8192, 152_064 // tp
     blocks = plan_blocks(rows, columns, hidden_size, element_size=element_size)
     sums = 4 * blocks.rows * hidden_size if element_size < 4 and blocks.columns < columns else 0
-    assert element_size * blocks.rows * blocks.columns + sums <= DEFAULT_BUFFER_BYTES < 0.9 * 0.02 * rows * 152_064 * 4
+    assert element_size * blocks.rows * blocks.columns + sums <= DEFAULT_BUFFER_BYTES < 0.7 * 0.02 * rows * 152_064 * 4
     assert blocks.rows >= 1024
     assert blocks.columns >= 4096
     assert blocks.columns % 64 == 0
@@ -158,9 +158,9 @@ def test_planned_memory_is_two_percent_of_the_logits(element_size, tp, hidden_si
     ("rows", "columns", "expected"),
     [
         (100, 200, Blocks(100, 200)),  # everything fits
-        (8192, 19_008, Blocks(2048, 19_008)),  # whole vocabulary, few rows less than would fit
-        (8192, 19_001, Blocks(2048, 19_001)),  # as it is, if it isn't cut
-        (8192, 152_064, Blocks(2048, 19_008)),  # cut both ways
+        (8192, 19_008, Blocks(1639, 19_008)),  # whole vocabulary, few rows less than would fit
+        (8192, 19_001, Blocks(1639, 19_001)),  # as it is, if it isn't cut
+        (8192, 152_064, Blocks(2048, 15_232)),  # cut both ways
         (0, 0, Blocks(1, 1)),
     ],
 )
