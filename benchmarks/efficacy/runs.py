@@ -9,9 +9,11 @@ run in ``runs`` has.
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from benchmarks.efficacy.arms import (
 )
 from benchmarks.efficacy.sampling import Sampler
 from benchmarks.efficacy.seeds import read_requests, seed_folder, start_folder
+from megatron_amopo import __version__
 
 WARMUP_STEPS = 5
 COMMON_FLAGS = (
@@ -68,11 +71,14 @@ def settings(output: Path, size: str, arm: Arm) -> list[Setting]:
 def chosen_setting(output: Path, size: str, arm: Arm) -> Setting:
     """The setting with the highest mean score on the tuning requests, of equal ones the first."""
     tuned = BY_NAME[arm.tunes_as]
-    scores = [
-        json.loads(tuning_file(output, size, tuned.name, number).read_text(encoding="utf-8"))["mean"]
-        for number in range(number_of_settings(size, tuned))
-    ]
-    return settings(output, size, tuned)[scores.index(max(scores))]
+    tried = settings(output, size, tuned)
+    files = [tuning_file(output, size, tuned.name, number) for number in range(len(tried))]
+    facts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for setting, file, found in zip(tried, files, facts, strict=True):
+        of_file = Setting(found["learning_rate"], found["hyperparameters"])
+        assert of_file == setting, f"{file} is of {of_file.name}, not of {setting.name}"
+    scores = [found["mean"] for found in facts]
+    return tried[scores.index(max(scores))]
 
 
 def tune(output: Path, size: str, arm: str, number: int) -> None:
@@ -90,6 +96,7 @@ def tune(output: Path, size: str, arm: str, number: int) -> None:
         "means": scores.mean(axis=0).tolist(),
         "examples": answers[:EXAMPLES],
         "seconds": time.monotonic() - begun,
+        "code": code_version(),
     }
     write_whole(tuning_file(output, size, arm, number), json.dumps(facts) + "\n")
 
@@ -120,8 +127,20 @@ def run(output: Path, size: str, arm: str, seed: int) -> None:
         "asked": digits(asked),
         "examples": answers[:EXAMPLES],
         "seconds": time.monotonic() - begun,
+        "code": code_version(),
     }
     write_whole(run_file(output, size, arm, seed), json.dumps(facts) + "\n")
+
+
+@cache
+def code_version() -> str:
+    """The commit of this checkout, with ``-dirty`` where files differ from it; without git, the version."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
 
 
 def digits(scores: np.ndarray) -> dict[str, Any]:
