@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -157,23 +157,34 @@ def _train(
     output: Path, size: str, arm: Arm, seed: int, setting: Setting, scratch: Path
 ) -> tuple[Path, dict[str, float]]:
     """The aligned model as a Hugging Face folder, and the metrics of its last steps."""
-    from megatron_amopo.certification.observed_run import metrics, train
+    from megatron_amopo.certification.observed_run import metrics
     from megatron_amopo.checkpoint.convert import megatron_to_hf
 
-    paths = {
-        "--amopo-data": seed_folder(output, seed) / arm.data,
-        "--pretrained-checkpoint": start_folder(output, seed, size) / "megatron",
-        "--save": scratch / "checkpoint",
-    }
-    flags = [word for flag, path in paths.items() for word in (flag, str(path))]
-    # Megatron wants a seed above 0.
-    train([*flags, *arm.flags(seed, setting), *COMMON_FLAGS, "--seed", str(1 + seed)], want_tensors=False)
-    megatron_to_hf(scratch / "checkpoint", scratch / "hf")
-    last = metrics(scratch / "checkpoint")[-1]
+    checkpoint = train_arm(output, size, arm, seed, setting, scratch)
+    megatron_to_hf(checkpoint, scratch / "hf")
+    last = metrics(checkpoint)[-1]
     kept = {
         name: value for name, value in last.items() if name.split("/")[0] in ("loss", "margin", "accuracy", "weight")
     }
     return scratch / "hf", kept
+
+
+def train_arm(
+    output: Path, size: str, arm: Arm, seed: int, setting: Setting, scratch: Path, further: Sequence[str] = ()
+) -> Path:
+    """Train an arm, with ``further`` flags; the run's folder, within ``scratch``."""
+    from megatron_amopo.certification.observed_run import train
+
+    checkpoint = scratch / "checkpoint"
+    paths = {
+        "--amopo-data": seed_folder(output, seed) / arm.data,
+        "--pretrained-checkpoint": start_folder(output, seed, size) / "megatron",
+        "--save": checkpoint,
+    }
+    flags = [word for flag, path in paths.items() for word in (flag, str(path))]
+    # Megatron wants a seed above 0.
+    train([*flags, *arm.flags(seed, setting), *COMMON_FLAGS, "--seed", str(1 + seed), *further], want_tensors=False)
+    return checkpoint
 
 
 def _cost(output: Path, size: str, arm: Arm, seed: int) -> Any:
