@@ -93,7 +93,11 @@ def main() -> int:
 
     def check() -> int:
         lines = check_modules(FROM_THE_IMAGE, inside=False) + check_modules(OURS, inside=True) + check_flags()
-        print("\n".join([f"image: NVIDIA PyTorch {os.environ.get('NVIDIA_PYTORCH_VERSION', 'of unknown version')}", *lines]))
+        print(
+            "\n".join(
+                [f"image: NVIDIA PyTorch {os.environ.get('NVIDIA_PYTORCH_VERSION', 'of unknown version')}", *lines]
+            )
+        )
         return 0
 
     return exit_status(check)

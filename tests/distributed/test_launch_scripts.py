@@ -75,8 +75,9 @@ def test_what_is_refused(ranks, places, tmp_path):
     name = "qwen2.5_7b"
     flags, _ = flags_of(name, places, tmp_path, {})
     assert "parser doesn't know" in ranks.run(launch_refusal, 1, [*flags, "--renamed-upstream"], 8)[0]
-    assert "doesn't divide the model's 4 key-value heads" in ranks.run(
-        launch_refusal, 1, flags_of(name, places, tmp_path, {"TP": "8"})[0], 8
-    )[0]
+    assert (
+        "--tensor-model-parallel-size 8 doesn't divide the model's 28 attention heads"
+        in ranks.run(launch_refusal, 1, flags_of(name, places, tmp_path, {"TP": "8"})[0], 8)[0]
+    )
     flags, _ = flags_of(name, places, tmp_path, {"PRECISION": "fp8", "FP8_RECIPE": "delayed", "FP8_BF16_LAYERS": "0"})
     assert "Delayed scaling" in ranks.run(launch_refusal, 1, [*flags, "--first-last-layers-bf16"], 8, FP8_ARGUMENTS)[0]
