@@ -90,17 +90,14 @@ def check_flags() -> list[str]:
 
 def main() -> int:
     """Run; returns the exit status."""
+    return exit_status(_check)
 
-    def check() -> int:
-        lines = check_modules(FROM_THE_IMAGE, inside=False) + check_modules(OURS, inside=True) + check_flags()
-        print(
-            "\n".join(
-                [f"image: NVIDIA PyTorch {os.environ.get('NVIDIA_PYTORCH_VERSION', 'of unknown version')}", *lines]
-            )
-        )
-        return 0
 
-    return exit_status(check)
+def _check() -> int:
+    print(f"image: NVIDIA PyTorch {os.environ.get('NVIDIA_PYTORCH_VERSION', 'of unknown version')}")
+    for line in check_modules(FROM_THE_IMAGE, inside=False) + check_modules(OURS, inside=True) + check_flags():
+        print(line)
+    return 0
 
 
 if __name__ == "__main__":
