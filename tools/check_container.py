@@ -48,7 +48,7 @@ def check_modules(names: dict[str, str], *, inside: bool) -> list[str]:
         try:
             found = importlib.import_module(module)
             version = importlib.metadata.version(distribution)
-        except (ImportError, OSError, importlib.metadata.PackageNotFoundError) as error:
+        except (ImportError, OSError, RuntimeError, AssertionError) as error:  # as Transformer Engine's loader has it
             raise NotAsBuilt(f"{module} can't be imported: {error}") from error
         place = Path(next(iter(found.__path__)))
         if (place.is_relative_to(sys.prefix) or place.is_relative_to(ROOT)) != inside:
@@ -81,7 +81,10 @@ def check_flags() -> list[str]:
     for script in SCRIPTS:
         parser = add_amopo_arguments(add_megatron_arguments(argparse.ArgumentParser(exit_on_error=False)))
         flags = training_flags(ROOT / "examples" / script)
-        _, unknown = parser.parse_known_args(flags)
+        try:
+            _, unknown = parser.parse_known_args(flags)
+        except argparse.ArgumentError as error:
+            raise NotAsBuilt(f"examples/{script}: {error}") from error
         if unknown:
             raise NotAsBuilt(f"examples/{script}: Megatron doesn't know {' '.join(unknown)}")
         lines.append(f"examples/{script}: {len(flags)} words of flags are known")

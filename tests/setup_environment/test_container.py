@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.machines import ROOT, package, python_with_torch
+from tools import check_container
 from tools.setup_environment import system_torch
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -58,6 +59,26 @@ def test_what_is_copied_is_there_and_in_the_context():
         for source in sources:
             assert (ROOT / source).exists()
             assert source == "." or f"!{Path(source).parts[0]}" in ignored
+
+
+def test_the_check_tells_the_images_modules_from_ours(tmp_path, monkeypatch):
+    for environment, name in (("image", "of_the_image"), ("ours", "of_ours")):
+        package(python_with_torch(tmp_path / environment, TORCH).parent.parent, name, "1.0")
+        monkeypatch.syspath_prepend(next((tmp_path / environment).glob("lib/python3*/site-packages")))
+    monkeypatch.setattr(check_container.sys, "prefix", str(tmp_path / "ours"))
+    (line,) = check_container.check_modules({"of_the_image": "of_the_image"}, inside=False)
+    assert line.split() == ["of_the_image", "1.0", str(next((tmp_path / "image").glob("lib/*/*/of_the_image")))]
+    assert len(check_container.check_modules({"of_ours": "of_ours"}, inside=True)) == 1
+    with pytest.raises(check_container.NotAsBuilt, match=r"of_ours 1\.0 comes from .*, not from the image"):
+        check_container.check_modules({"of_ours": "of_ours"}, inside=False)
+    with pytest.raises(check_container.NotAsBuilt, match="of_nobody can't be imported"):
+        check_container.check_modules({"of_nobody": "of_nobody"}, inside=False)
+
+
+def test_the_check_reads_the_launch_scripts():
+    for script in check_container.SCRIPTS:
+        flags = check_container.training_flags(ROOT / "examples" / script)
+        assert flags[:2] == ["--amopo-data", "OUTPUT/data"]
 
 
 @pytest.mark.slow
