@@ -8,8 +8,8 @@
 # OUTPUT  gets data/, import/, run/ and hf/, the aligned model. The same command goes on with a run that was stopped.
 #
 # Everything under "Variables" can be set from outside, e.g. PRECISION=fp8 GLOBAL_BATCH=128 examples/qwen2.5_14b.sh …;
-# DRY_RUN=1 prints the commands and starts nothing. docs/clusters.md explains, docs/cards/qwen2.5_14b.md says what has been tried:
-# no GPU so far. FP8 is still refused at start, by the flag's name.
+# DRY_RUN=1 prints the commands and starts nothing. docs/clusters.md explains, docs/cards/qwen2.5_14b.md says what has
+# been tried: no GPU so far. FP8 is still refused at start, by the flag's name.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=cluster/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster/common.sh"
@@ -42,12 +42,12 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-50}
 #   activations   2 × (7 × 5,120 + 4 × 1,024 + 3 × 13,824) × 48 layers = 7.8e6 per token,
 #                 a quarter of it per rank (sequence parallelism), × 8,192 tokens          16.0e9
 #                                                                               together  60.3e9
-# On top come CUDA, NCCL and workspaces, and under FP8 a copy of the weights and one of their transposes, 2 bytes per parameter
-# of the rank.
+# On top come CUDA, NCCL and workspaces, and under FP8 a copy of the weights and one of their transposes, 2 bytes per
+# parameter of the rank.
 #
-# One record has at most D × (prompt + two responses) ≤ 4 × 2 × 1,024 = 8,192 tokens, so MAX_TOKENS holds any, and several short
-# ones together; it bounds the activations, whatever the data. TP 2 × DP 4 takes 66.5e9 for the first three, which
-# leaves little room even with RECOMPUTE=full (2.7e9). Tensor parallelism stays within the node's NVLink.
+# One record has at most D × (prompt + two responses) ≤ 4 × 2 × 1,024 = 8,192 tokens, so MAX_TOKENS holds any, and
+# several short ones together; it bounds the activations, whatever the data. TP 2 × DP 4 takes 66.5e9 for the first
+# three, which leaves little room even with RECOMPUTE=full (2.7e9). Tensor parallelism stays within the node's NVLink.
 LAYOUT=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP")
 [ "$TP" = 1 ] || LAYOUT+=(--sequence-parallel)
 LAYOUT+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
@@ -62,5 +62,5 @@ INTERVALS=(--save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --l
 set_precision "$PRECISION" "$FP8_RECIPE" "$FP8_BF16_LAYERS"
 set_recompute "$RECOMPUTE"
 prepare_data --dimensions "$DIMENSIONS" --source-scale "$SOURCE_SCALE" --cutoff-len "$CUTOFF" --validation-fraction 0.02
-train_and_export "${LAYOUT[@]}" "${PRECISION_FLAGS[@]}" "${RECOMPUTE_FLAGS[@]}" "${OBJECTIVE[@]}" "${OPTIMIZER[@]}" "${BATCH[@]}" \
-  "${INTERVALS[@]}"
+train_and_export "${LAYOUT[@]}" "${PRECISION_FLAGS[@]}" "${RECOMPUTE_FLAGS[@]}" \
+  "${OBJECTIVE[@]}" "${OPTIMIZER[@]}" "${BATCH[@]}" "${INTERVALS[@]}"

@@ -10,8 +10,8 @@
 # Start it on every node with NODE_RANK and MASTER_ADDR set, as examples/slurm and examples/kubernetes do.
 #
 # Everything under "Variables" can be set from outside, e.g. PRECISION=fp8 GLOBAL_BATCH=128 examples/qwen2.5_32b.sh …;
-# DRY_RUN=1 prints the commands and starts nothing. docs/clusters.md explains, docs/cards/qwen2.5_32b.md says what has been tried:
-# no GPU so far. FP8 is still refused at start, by the flag's name.
+# DRY_RUN=1 prints the commands and starts nothing. docs/clusters.md explains, docs/cards/qwen2.5_32b.md says what has
+# been tried: no GPU so far. FP8 is still refused at start, by the flag's name.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=cluster/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster/common.sh"
@@ -44,16 +44,16 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-50}
 #   activations   2 × (7 × 5,120 + 4 × 1,024 + 3 × 27,648) × 64 layers = 15.7e6 per token,
 #                 an eighth of it per rank (sequence parallelism), × 8,192 tokens          16.1e9
 #                                                                               together  65.3e9   (DP 8: 46.8e9)
-# On top come CUDA, NCCL and workspaces, and under FP8 a copy of the weights and one of their transposes, 2 bytes per parameter
-# of the rank.
+# On top come CUDA, NCCL and workspaces, and under FP8 a copy of the weights and one of their transposes, 2 bytes per
+# parameter of the rank.
 #
-# One record has at most D × (prompt + two responses) ≤ 4 × 2 × 1,024 = 8,192 tokens, so MAX_TOKENS holds any, and several short
-# ones together; it bounds the activations, whatever the data.
+# One record has at most D × (prompt + two responses) ≤ 4 × 2 × 1,024 = 8,192 tokens, so MAX_TOKENS holds any, and
+# several short ones together; it bounds the activations, whatever the data.
 #
-# Tensor parallelism fills a node and its NVLink, and one key-value head is left to each rank; between nodes only gradients and
-# weights travel, once per step. On eight nodes TP=4 PP=2 is the alternative: the same first three parts, larger matrices per
-# GPU, but a pipeline that keeps the activations of two micro-batches on its first stage (32.2e9, together 62.9e9) and idles for
-# 1/16 of a step of GLOBAL_BATCH=128 in micro-batches of one record.
+# Tensor parallelism fills a node and its NVLink, and one key-value head is left to each rank; between nodes only
+# gradients and weights travel, once per step. On eight nodes TP=4 PP=2 is the alternative: the same first three parts,
+# larger matrices per GPU, but a pipeline that keeps the activations of two micro-batches on its first stage (32.2e9,
+# together 62.9e9) and idles for 1/16 of a step of GLOBAL_BATCH=128 in micro-batches of one record.
 LAYOUT=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP")
 [ "$TP" = 1 ] || LAYOUT+=(--sequence-parallel)
 LAYOUT+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
@@ -68,5 +68,5 @@ INTERVALS=(--save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --l
 set_precision "$PRECISION" "$FP8_RECIPE" "$FP8_BF16_LAYERS"
 set_recompute "$RECOMPUTE"
 prepare_data --dimensions "$DIMENSIONS" --source-scale "$SOURCE_SCALE" --cutoff-len "$CUTOFF" --validation-fraction 0.02
-train_and_export "${LAYOUT[@]}" "${PRECISION_FLAGS[@]}" "${RECOMPUTE_FLAGS[@]}" "${OBJECTIVE[@]}" "${OPTIMIZER[@]}" "${BATCH[@]}" \
-  "${INTERVALS[@]}"
+train_and_export "${LAYOUT[@]}" "${PRECISION_FLAGS[@]}" "${RECOMPUTE_FLAGS[@]}" \
+  "${OBJECTIVE[@]}" "${OPTIMIZER[@]}" "${BATCH[@]}" "${INTERVALS[@]}"
