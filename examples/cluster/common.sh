@@ -1,0 +1,185 @@
+# What the scripts for H100 clusters share; examples/qwen2.5_*.sh source it and say everything that differs.
+#
+# A run is four commands over three folders: prepare the data (OUTPUT/data), import the model (OUTPUT/import), train
+# (OUTPUT/run) and export (OUTPUT/hf). What is there already isn't done again, so that the same command goes on with a
+# run that was stopped or killed. Every node runs the script; OUTPUT lies on a file system that all of them share.
+#
+# The script ends with
+#   0                finished: OUTPUT/hf holds the model
+#   REQUEUE_STATUS   to be started again: stopped by a signal or a limit, or failed after a newer checkpoint
+#   another status   failed without a newer checkpoint: starting it again would fail again; read the log
+# torchrun hides the status with which a rank ended, so this is told from what lies in OUTPUT.
+# shellcheck shell=bash
+
+#: From the environment: what a scheduler sets, and what belongs to the machines instead of the model.
+DRY_RUN=${DRY_RUN:-0}                  # 1: print the commands and start nothing
+NODE_RANK=${NODE_RANK:-${PET_NODE_RANK:-0}}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # of the first node
+MASTER_PORT=${MASTER_PORT:-29500}
+REQUEUE_STATUS=${REQUEUE_STATUS:-75}   # EX_TEMPFAIL; Kubeflow starts again from 128 on
+WAIT_MINUTES=${WAIT_MINUTES:-120}      # for the first node's preparation, on the others
+HF_CACHE=${HF_CACHE:-}                 # where the imported model is kept; default OUTPUT/import. Runs may share it
+# Torch from 2.14 on waits so many seconds for ranks that it has told to end, others 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+[ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron: collectives start in order
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" # micro-batches differ in length
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+usage() {
+  awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0" >&2
+  exit 2
+}
+
+# paths DATA MODEL OUTPUT [FLAG…]: sets data, model, output, run, exported and flags.
+paths() {
+  [ $# -ge 3 ] || usage
+  data=$1 model=$2 output=$3 flags=("${@:4}")
+  prepared=$output/data run=$output/run exported=$output/hf
+  [ "$DRY_RUN" = 1 ] && return
+  [ -e "$data" ] || fail "DATA $data: no such file or folder"
+  [ -f "$model/config.json" ] || fail "MODEL $model: not a Hugging Face folder (no config.json)"
+}
+
+# show TITLE COMMAND…: prints what a shell would be given.
+show() {
+  echo "# $1"
+  printf '%q ' "${@:2}"
+  printf '\n'
+}
+
+# show_and_run TITLE COMMAND…: under DRY_RUN it only shows.
+show_and_run() {
+  show "$@"
+  [ "$DRY_RUN" = 1 ] || "${@:2}"
+}
+
+# set_precision bf16|fp8 FP8_RECIPE FP8_BF16_LAYERS: what they ask for, into PRECISION_FLAGS.
+set_precision() {
+  local recipe=$2 edges=$3
+  PRECISION_FLAGS=(--bf16 --transformer-impl transformer_engine)
+  [ "$1" = bf16 ] && return
+  [ "$1" = fp8 ] || fail "PRECISION=$1: expected bf16 or fp8"
+  case $recipe in
+    tensorwise) PRECISION_FLAGS+=(--fp8-format hybrid) ;; # e4m3 forward, e5m2's wider range for gradients
+    blockwise) PRECISION_FLAGS+=(--fp8-format e4m3) ;;    # a scale per block leaves gradients no need of that range
+    delayed)                                              # scales are from the largest values of the last steps
+      PRECISION_FLAGS+=(--fp8-format hybrid --fp8-amax-history-len 1024 --fp8-amax-compute-algo max)
+      [ "$edges" = 0 ] || fail "FP8_RECIPE=delayed keeps no layers in bf16: set FP8_BF16_LAYERS=0, too"
+      ;;
+    *) fail "FP8_RECIPE=$recipe: expected tensorwise, blockwise or delayed" ;;
+  esac
+  PRECISION_FLAGS+=(--fp8-recipe "$recipe")
+  [ "$edges" = 0 ] || PRECISION_FLAGS+=(--first-last-layers-bf16
+    --num-layers-at-start-in-bf16 "$edges" --num-layers-at-end-in-bf16 "$edges")
+}
+
+# set_recompute none|selective|full: what it asks for, into RECOMPUTE_FLAGS.
+# shellcheck disable=SC2034 # the scripts use it
+set_recompute() {
+  case $1 in
+    none) RECOMPUTE_FLAGS=() ;;
+    # The MLP's inner activations, the largest part, are computed again, attention isn't.
+    selective) RECOMPUTE_FLAGS=(--recompute-granularity selective --recompute-modules mlp) ;;
+    # Of each layer only its input is kept.
+    full) RECOMPUTE_FLAGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
+    *) fail "RECOMPUTE=$1: expected none, selective or full" ;;
+  esac
+}
+
+# prepare_data FLAG…: DATA itself where it is prepared, else OUTPUT/data, made by the first node on first use.
+prepare_data() {
+  if [ -f "$data/manifest.json" ]; then
+    prepared=$data
+    return
+  fi
+  [ "$DRY_RUN" != 1 ] && [ -f "$prepared/manifest.json" ] && return
+  if [ "$NODE_RANK" != 0 ]; then
+    [ "$DRY_RUN" = 1 ] || wait_for "$prepared/manifest.json" "the first node's preparation"
+    return
+  fi
+  show_and_run "prepare the data, once" python "$root/tools/prepare_preferences.py" "$data" --output "$prepared" \
+    --tokenizer "$model" "$@"
+}
+
+wait_for() {
+  local file=$1 what=$2 end=$((SECONDS + WAIT_MINUTES * 60))
+  echo "waiting for $what: $file"
+  while [ ! -f "$file" ]; do
+    [ "$SECONDS" -lt "$end" ] || fail "$what didn't end within WAIT_MINUTES=$WAIT_MINUTES: $file isn't there"
+    sleep 10
+  done
+}
+
+# train_and_export FLAG…: on all nodes; ends the script with the status that the head of this file describes.
+train_and_export() {
+  if [ "$DRY_RUN" != 1 ] && [ -d "$exported" ]; then
+    echo "finished already: $exported"
+    exit 0
+  fi
+  local rendezvous=(--standalone)
+  if [ "$NODES" != 1 ]; then
+    rendezvous=(--nnodes "$NODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+  fi
+  local launch=(torchrun "${rendezvous[@]}" --nproc-per-node "$GPUS_PER_NODE" -m megatron_amopo.train
+    --amopo-data "$prepared" --amopo-hf-model "$model" --amopo-hf-cache "${HF_CACHE:-$output/import}"
+    --save "$run" --load "$run" --amopo-export-hf "$exported" --tensorboard-dir "$run/tensorboard" "$@" "${flags[@]}")
+
+  local status=0 before
+  before=$(saved_step)
+  show "train: imports the model on first use, resumes where it stopped, exports after the last step" "${launch[@]}"
+  if [ "$DRY_RUN" != 1 ]; then
+    [ "$NODE_RANK" != 0 ] || rm -f "$run/requeue" # of an earlier start: this one may end before it looks
+    launch_and_forward "${launch[@]}" || status=$?
+    status=$(run_status "$status" "$before")
+  fi
+  if [ "$status" = 0 ] && [ "$NODE_RANK" = 0 ]; then
+    show_and_run "show that the export is the last step's weights" \
+      python "$root/tools/convert_checkpoint.py" verify "$exported" "$run" || status=$?
+  fi
+  exit "$status"
+}
+
+# Ranks get SIGUSR1, after which they save and end, whichever signal this script is sent. torchrun isn't told: it would
+# kill ranks that take longer to save than it waits.
+launch_and_forward() {
+  local launcher interrupted status
+  trap '' USR1 # torchrun inherits that, as do its ranks until they listen
+  "$@" &
+  launcher=$!
+  trap 'interrupted=1; pkill -USR1 -P "$launcher" || true' TERM INT USR1
+  while true; do
+    interrupted=0 status=0
+    wait "$launcher" || status=$?
+    [ "$interrupted" = 1 ] || break # else the signal ended `wait`, not torchrun
+  done
+  trap '' TERM INT USR1
+  return "$status"
+}
+
+saved_step() {
+  cat "$run/latest_checkpointed_iteration.txt" 2>/dev/null || echo none
+}
+
+# run_status STATUS STEP: what STATUS of torchrun means for a run whose newest checkpoint was of STEP at its start.
+run_status() {
+  if [ "$1" != 0 ] && [ "$NODE_RANK" != 0 ]; then
+    sleep 5 # the first node may still be writing what follows is read from
+  fi
+  if [ -f "$run/requeue" ]; then
+    echo "$REQUEUE_STATUS" # stopped before its last step, all state saved
+  elif [ "$1" != 0 ] && [ "$(saved_step)" != "$2" ]; then
+    echo "$REQUEUE_STATUS"
+  elif [ "$1" = 0 ] && [ "$NODE_RANK" = 0 ] && [ ! -d "$exported" ]; then
+    echo "$REQUEUE_STATUS" # ended by --exit-interval or the like
+  else
+    echo "$1"
+  fi
+}

@@ -1,0 +1,292 @@
+"""The launch scripts without a cluster: what they print, which status they end with, what a signal does, what Slurm and
+Kubernetes are given. torchrun, srun and scontrol are played by small scripts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.launch_scripts import ROOT, SHAPES, dry_run, write_config
+from tests.support.machines import script
+
+PREPARE, VERIFY = "tools/prepare_preferences.py", "tools/convert_checkpoint.py"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with data, a model, and `bin` with a python and a torchrun that only say what they were given."""
+    for name in SHAPES:
+        write_config(tmp_path / name, name)
+    (tmp_path / "data.jsonl").write_text("{}\n", encoding="utf-8")
+    script(
+        tmp_path / "bin" / "python",
+        f'echo "$@" >>{tmp_path}/calls\n'
+        'case $1 in *prepare_preferences.py) mkdir -p "$4" && echo "{}" >"$4/manifest.json" ;; esac',
+    )
+    torchrun(tmp_path, f"mkdir -p {tmp_path}/out/run {tmp_path}/out/hf")
+    return tmp_path
+
+
+def torchrun(place: Path, does: str) -> None:
+    script(place / "bin" / "torchrun", f'echo torchrun "$@" >>{place}/calls\n{does}')
+
+
+def save(place: Path, step: int) -> str:
+    """Shell for a checkpoint of a step."""
+    run = place / "out" / "run"
+    return f"mkdir -p {run}; echo {step} >{run}/latest_checkpointed_iteration.txt"
+
+
+def environment(place: Path, **variables: str) -> dict[str, str]:
+    # The checkout's own .venv, where there is one, would come first: an image has none of these names in it.
+    return {"PATH": f"{place}/bin:/usr/bin:/bin", "HOME": str(place), **variables}
+
+
+def launch(place: Path, name: str = "qwen2.5_7b", data: str = "data.jsonl", **variables: str):
+    command = ["/bin/bash", str(place / "checkout" / "examples" / f"{name}.sh"), data, name, "out"]
+    return subprocess.run(
+        command, cwd=place, env=environment(place, **variables), capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture(autouse=True)
+def _checkout(place: Path) -> None:
+    """The scripts put the checkout's .venv first; here is a checkout without one."""
+    (place / "checkout").mkdir()
+    (place / "checkout" / "examples").symlink_to(ROOT / "examples")
+
+
+def calls(place: Path) -> list[str]:
+    file = place / "calls"
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_dry_run_needs_nothing_and_starts_nothing(name, tmp_path):
+    shown = dry_run(f"{name}.sh", "no such data", "no such model", str(tmp_path / "out"), "--seed", "7")
+    assert [PREPARE in " ".join(command) for command in shown.commands] == [True, False, False]
+    prepare, train, verify = shown.commands
+    assert prepare[2:6] == ["no such data", "--output", f"{tmp_path}/out/data", "--tokenizer"]
+    assert train[0] == "torchrun"
+    assert train[-2:] == ["--seed", "7"]
+    for published in (
+        "--amopo-pairwise simpo --amopo-beta 0.8 --amopo-gamma 2.0 --amopo-epochs 3",
+        "--lr 3e-7 --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1 --clip-grad 3.0",
+    ):
+        assert published in " ".join(train)
+    assert "--cutoff-len 1024" in " ".join(prepare)
+    assert verify[2:] == ["verify", f"{tmp_path}/out/hf", f"{tmp_path}/out/run"]
+    assert "imports the model" in shown.titles[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_data_to_a_verified_export(place):
+    done = launch(place)
+    assert done.returncode == 0, done.stderr
+    prepare, train, verify = calls(place)
+    assert PREPARE in prepare
+    assert train.startswith("torchrun --standalone --nproc-per-node 8 -m megatron_amopo.train --amopo-data out/data ")
+    assert verify.endswith("convert_checkpoint.py verify out/hf out/run")
+    again = launch(place)
+    assert again.returncode == 0
+    assert "finished already: out/hf" in again.stdout
+    assert len(calls(place)) == 3
+
+
+def test_prepared_data_is_used_as_it_is(place):
+    (place / "prepared").mkdir()
+    (place / "prepared" / "manifest.json").write_text("{}", encoding="utf-8")
+    assert launch(place, data="prepared").returncode == 0
+    assert "--amopo-data prepared " in calls(place)[0]
+
+
+def test_the_other_nodes_wait_for_the_first_ones_data(place):
+    variables = {"NODE_RANK": "1", "MASTER_ADDR": "node0", "WAIT_MINUTES": "0"}
+    waited = launch(place, "qwen2.5_32b", **variables)
+    assert waited.returncode == 2
+    assert "out/data/manifest.json isn't there" in waited.stderr
+    (place / "out" / "data").mkdir(parents=True)
+    (place / "out" / "data" / "manifest.json").write_text("{}", encoding="utf-8")
+    assert launch(place, "qwen2.5_32b", **variables).returncode == 0
+    (train,) = calls(place)  # and they neither prepare nor verify
+    assert train.startswith(
+        "torchrun --nnodes 2 --node-rank 1 --master-addr node0 --master-port 29500 --nproc-per-node 8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("torchrun_does", "status"),
+    [
+        ("exit 1", 1),  # refused, or crashed before anything was saved
+        ("SAVE 20; exit 1", 75),  # crashed after progress
+        ("SAVE 10; exit 1", 1),  # crashed without: the checkpoint is that of the start
+        ("SAVE 20; echo >RUN/requeue; exit 1", 75),  # told to stop
+        ("SAVE 10; echo >RUN/requeue; exit 1", 75),
+        ("SAVE 20; exit 0", 75),  # --exit-interval: not the last step, nothing exported
+        ("SAVE 20; mkdir OUT/hf; exit 0", 0),
+    ],
+)
+def test_the_status_says_whether_to_start_again(torchrun_does, status, place):
+    run = place / "out" / "run"
+    run.mkdir(parents=True)
+    (run / "latest_checkpointed_iteration.txt").write_text("10\n", encoding="utf-8")
+    (run / "requeue").write_text("", encoding="utf-8")  # of an earlier stop; says nothing of this start
+    for word, meaning in (("SAVE 20", save(place, 20)), ("SAVE 10", save(place, 10)), ("RUN", str(run))):
+        torchrun_does = torchrun_does.replace(word, meaning)
+    torchrun(place, torchrun_does.replace("OUT", str(place / "out")))
+    assert launch(place).returncode == status
+    if status == 75:
+        (run / "requeue").unlink(missing_ok=True)
+        assert launch(place, REQUEUE_STATUS="138").returncode in (138, 1)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_and_torchrun_lives(sent, place):
+    """A stand-in for torchrun that a signal would kill, with a rank that saves for a while when it is told to stop."""
+    run = place / "out" / "run"
+    (place / "rank.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        f"run = pathlib.Path({str(run)!r})\n"
+        "def stop(*_):\n"
+        "    time.sleep(1)\n"
+        "    run.mkdir(parents=True)\n"
+        "    (run / 'latest_checkpointed_iteration.txt').write_text('7')\n"
+        "    (run / 'requeue').write_text('7')\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, stop)\n"
+        f"pathlib.Path({str(place / 'up')!r}).touch()\n"
+        "while True:\n"
+        "    time.sleep(0.1)\n",
+        encoding="utf-8",
+    )
+    torchrun(place, f"{sys.executable} {place}/rank.py & wait $! || exit 1")
+    command = ["/bin/bash", str(place / "checkout" / "examples" / "qwen2.5_7b.sh"), "data.jsonl", "qwen2.5_7b", "out"]
+    process = subprocess.Popen(command, cwd=place, env=environment(place), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (place / "up").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(sent)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert (run / "requeue").read_text() == "7"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PRECISION": "fp16"}, "PRECISION=fp16: expected bf16 or fp8"),
+        ({"PRECISION": "fp8", "FP8_RECIPE": "mxfp8"}, "FP8_RECIPE=mxfp8: expected tensorwise, blockwise or delayed"),
+        ({"PRECISION": "fp8", "FP8_RECIPE": "delayed"}, "set FP8_BF16_LAYERS=0, too"),
+        ({"RECOMPUTE": "some"}, "RECOMPUTE=some: expected none, selective or full"),
+    ],
+)
+def test_variables_that_mean_nothing_are_refused(variables, message, place):
+    done = launch(place, **variables)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert calls(place) == []
+
+
+def test_missing_inputs_are_named(place):
+    assert "DATA nothing: no such file" in launch(place, data="nothing").stderr
+    (place / "qwen2.5_7b" / "config.json").unlink()
+    assert "MODEL qwen2.5_7b: not a Hugging Face folder" in launch(place).stderr
+    without = subprocess.run(
+        ["/bin/bash", str(ROOT / "examples" / "qwen2.5_7b.sh")], capture_output=True, text=True, env=environment(place)
+    )
+    assert without.returncode == 2
+    assert "examples/qwen2.5_7b.sh DATA MODEL OUTPUT" in without.stderr
+
+
+# Slurm
+
+
+def sbatch(place: Path, srun: str, **variables: str) -> subprocess.CompletedProcess:
+    """The batch script on the first node of two, with an srun that does what is given."""
+    script(place / "bin" / "srun", f'echo "srun MASTER_ADDR=$MASTER_ADDR NODES=$NODES $@" >>{place}/calls\n{srun}')
+    script(place / "bin" / "scontrol", f'[ "$1" = show ] && printf "n1\\nn2\\n" || echo "scontrol $@" >>{place}/calls')
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    command = ["/bin/bash", "examples/slurm/train.sbatch", "examples/qwen2.5_32b.sh"]
+    command += [str(place / "data.jsonl"), str(place / "qwen2.5_32b"), str(place / "out")]
+    return subprocess.run(
+        command,
+        cwd=place / "checkout",
+        env=environment(place, **slurm, **variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_slurm_starts_a_task_per_node_and_ends(place):
+    done = sbatch(place, f"mkdir -p {place}/out/hf")
+    assert done.returncode == 0, done.stderr
+    (srun,) = calls(place)
+    assert srun.startswith("srun MASTER_ADDR=n1 NODES=2 --kill-on-bad-exit=1 --label bash -c")
+    assert srun.endswith(f"task examples/qwen2.5_32b.sh {place}/data.jsonl {place}/qwen2.5_32b {place}/out")
+
+
+@pytest.mark.parametrize(
+    ("srun", "status", "requeued"),
+    [
+        ("mkdir -p RUN; echo >RUN/requeue; exit 137", 75, True),  # stopped; srun killed what was left
+        ("SAVE; exit 1", 75, True),
+        ("exit 2", 2, False),
+    ],
+)
+def test_slurm_queues_again_what_can_go_on(srun, status, requeued, place):
+    done = sbatch(place, srun.replace("SAVE", save(place, 50)).replace("RUN", str(place / "out" / "run")))
+    assert done.returncode == status
+    assert (calls(place)[-1] == "scontrol requeue 4711") == requeued
+
+
+def test_slurm_is_told_to_signal_and_requeue():
+    directives = [
+        line.removeprefix("#SBATCH ")
+        for line in (ROOT / "examples/slurm/train.sbatch").read_text(encoding="utf-8").splitlines()
+        if line.startswith("#SBATCH")
+    ]
+    assert {"--requeue", "--signal=B:USR1@600", "--ntasks-per-node=1", "--open-mode=append"} <= set(directives)
+
+
+# Kubernetes
+
+
+def test_the_kubernetes_job_has_what_the_operator_and_the_scripts_need():
+    """By the fields that the API requires; the operator's schema is not part of any package."""
+    job = yaml.safe_load((ROOT / "examples/kubernetes/pytorchjob.yaml").read_text(encoding="utf-8"))
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
+    assert set(job["spec"]) == {"nprocPerNode", "runPolicy", "pytorchReplicaSpecs"}
+    assert isinstance(job["spec"]["nprocPerNode"], str)
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert set(replicas) == {"Master", "Worker"}
+    assert replicas["Master"]["replicas"] == 1
+    nodes = sum(replica["replicas"] for replica in replicas.values())
+    for replica in replicas.values():
+        assert set(replica) == {"replicas", "restartPolicy", "template"}
+        assert replica["restartPolicy"] == "ExitCode"
+        pod = replica["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"
+        variables = {variable["name"]: variable["value"] for variable in container["env"]}
+        assert all(isinstance(value, str) for value in variables.values())
+        assert variables["NODES"] == str(nodes)
+        assert int(variables["REQUEUE_STATUS"]) >= 128  # what the operator starts again
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == job["spec"]["nprocPerNode"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        (command,) = container["command"]
+        inside = Path(command).relative_to("/opt/megatron-amopo")
+        assert os.access(ROOT / inside, os.X_OK)
+        shown = dry_run(inside.name, *container["args"], **variables, PET_NODE_RANK="1", MASTER_ADDR="master")
+        assert shown.world_size == 8 * nodes
+        assert shown.command("torchrun")[1:7] == ["--nnodes", "2", "--node-rank", "1", "--master-addr", "master"]
