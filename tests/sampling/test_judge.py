@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -204,7 +203,10 @@ def test_an_interruption_ends_a_silent_judge_at_once_and_keeps_grades(tmp_path: 
     command = [sys.executable, "tools/score_answers.py", str(tmp_path / "answers"), "--output", str(tmp_path / "out")]
     url = f"http://127.0.0.1:{server.server_address[1]}"
     command += ["--scorer", f"judge:{url}", "--judge-model", "m", "--judge-concurrency", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background has them, and so the command, ignore interruptions.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     try:
         assert asked.wait(60)
         process.send_signal(signal.SIGINT)

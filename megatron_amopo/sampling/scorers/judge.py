@@ -98,6 +98,7 @@ class Judge:
                     return
                 except Exception as error:  # raised where grades are read
                     graded.put(error)
+                    return
 
         # Not a pool, which waits for its threads when the process ends: an interruption leaves questions unanswered.
         for _ in range(min(self.at_a_time, len(answers))):
@@ -171,7 +172,7 @@ def _key() -> str:
 
 def _detail(error: urllib.error.HTTPError) -> str:
     try:
-        return error.read(500).decode("utf-8", "replace").strip()
+        return " ".join(error.read(500).decode("utf-8", "replace").split())  # in a line
     except (OSError, http.client.HTTPException):
         return ""
 
