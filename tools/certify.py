@@ -32,7 +32,8 @@ from megatron_amopo.certification.layouts import LAYOUTS, Layout
 from megatron_amopo.certification.observed_run import train
 from megatron_amopo.certification.ranks import RankPool
 from megatron_amopo.certification.report import MARKDOWN, environment, write_certificate
-from megatron_amopo.errors import AmopoError, ConfigError
+from megatron_amopo.errors import ConfigError
+from tools.command_line import exit_status
 
 
 def main(arguments: Sequence[str] | None = None, *, open_pool: OpenPool = RankPool, job: Job = train) -> int:
@@ -43,17 +44,16 @@ def main(arguments: Sequence[str] | None = None, *, open_pool: OpenPool = RankPo
         for layout in LAYOUTS:
             print(f"{layout.name:42} {layout.ranks} rank(s)  {' '.join(layout.flags)}")
         return 0
-    try:
-        layouts, left_out = _choose(options.layouts, torch.cuda.device_count())
-        _make_folder(options.output)
-        outcomes = certify(layouts, steps=options.steps, tolerance=options.tolerance, open_pool=open_pool, job=job)
-        about = environment(
-            command=shlex.join(["tools/certify.py", *arguments]), steps=options.steps, tolerance=options.tolerance
-        )
-        write_certificate(options.output, outcomes, about, left_out)
-    except AmopoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    command = shlex.join(["tools/certify.py", *arguments])
+    return exit_status(lambda: _run(options, command, open_pool, job))
+
+
+def _run(options: argparse.Namespace, command: str, open_pool: OpenPool, job: Job) -> int:
+    layouts, left_out = _choose(options.layouts, torch.cuda.device_count())
+    _make_folder(options.output)
+    outcomes = certify(layouts, steps=options.steps, tolerance=options.tolerance, open_pool=open_pool, job=job)
+    about = environment(command=command, steps=options.steps, tolerance=options.tolerance)
+    write_certificate(options.output, outcomes, about, left_out)
     return _say(outcomes, options.output)
 
 

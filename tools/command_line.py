@@ -13,7 +13,8 @@ ReadProgress = Callable[[int, int, int], None]
 
 
 def exit_status(run: Callable[[], int], *, interrupted: str = "error: interrupted") -> int:
-    """The status that ``run`` gives; 2 for errors meant for people, 130 when interrupted, with a line on stderr.
+    """The status that ``run`` gives; 2 for errors meant for people and those of files and disks, 130 when interrupted,
+    with a line on stderr.
 
     Args:
         run: the command.
@@ -28,9 +29,8 @@ def exit_status(run: Callable[[], int], *, interrupted: str = "error: interrupte
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "  # a write to a full disk doesn't know its file
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
 
 

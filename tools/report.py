@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_amopo.errors import AmopoError
+from tools.command_line import exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_DIR", help="a run's --save folder; the run may be going on")
-    add("--output", type=Path, metavar="FILE", help="page to write; it is replaced (default: RUN_DIR/report.html)")
+    add("--output", type=Path, metavar="FILE", help="replaces a page, nothing else (default: RUN_DIR/report.html)")
     add("--data", type=Path, metavar="DIR", help="the run's prepared data (default: where the run read it)")
     add("--model-card", type=Path, metavar="DIR", help="write README.md into this exported model instead of the page")
     add("--base-model", metavar="ORG/NAME", help="for the card: the hub's name of the model that training began with")
@@ -38,20 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--base-model and --force are of --model-card")
     if options.model_card is not None and options.output is not None:
         parser.error("--output is of the page; --model-card writes README.md into its folder")
-    try:
-        if options.model_card is not None:
-            from megatron_amopo.report.card import write_card
+    return exit_status(lambda: _run(options))
 
-            path = write_card(options.run, options.model_card, options.data, options.base_model, force=options.force)
-        else:
-            from megatron_amopo.report.files import write_text
-            from megatron_amopo.report.page import render_page
 
-            path = options.output or options.run / "report.html"
-            write_text(path, render_page(options.run, options.data))
-    except AmopoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _run(options: argparse.Namespace) -> int:
+    if options.model_card is not None:
+        from megatron_amopo.report.card import write_card
+
+        path = write_card(options.run, options.model_card, options.data, options.base_model, force=options.force)
+    else:
+        from megatron_amopo.report.page import write_page
+
+        path = options.output or options.run / "report.html"
+        write_page(path, options.run, options.data)
     print(f"{path}: {path.stat().st_size:,} bytes")
     return 0
 

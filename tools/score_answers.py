@@ -6,14 +6,12 @@
     score_answers.py answers.jsonl --scorer judge:http://localhost:8000/v1 --judge-model NAME --output scores.jsonl
 
 Answers as `sample_answers.py` writes them; MT-bench's don't hold the questions, so --questions names their file. A
-judge's key is read from the environment variable AMOPO_JUDGE_API_KEY.
+judge's key is read from the environment variable AMOPO_JUDGE_API_KEY. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
+from rich.text import Text
 
 from megatron_amopo.errors import ConfigError
 from megatron_amopo.sampling.answered import Answered, read_answers
@@ -31,12 +29,15 @@ from megatron_amopo.sampling.prompt_files import PromptFile
 from megatron_amopo.sampling.scorers.judge import Judge
 from megatron_amopo.sampling.scorers.rules import Rules
 from megatron_amopo.sampling.scorers.score import Score, Scorer, summaries
+from megatron_amopo.sampling.scorers.score_file import score_file
 from tools.command_line import exit_status
+
+_REASONS_SHOWN = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    return exit_status(lambda: _run(options))
+    return exit_status(lambda: _run(options), interrupted="error: interrupted; the same command goes on from here")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,10 +64,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}")
     scorer = _scorer(options)
     answers = read_answers(options.answers, PromptFile.read(options.questions) if options.questions else None)
-    with tqdm(total=len(answers), unit="answer") as bar:
-        scores = scorer.score(answers, bar.update)
-    _write(options.output, answers, scores)
-    _show(answers, scores)
+    _show(answers, score_file(scorer, answers, options.output, progress=True))
     return 0
 
 
@@ -104,26 +102,20 @@ def _scorer(options: argparse.Namespace) -> Scorer:
     )
 
 
-def _write(path: Path, answers: Sequence[Answered], scores: Sequence[Score]) -> None:
-    lines = []
-    for answered, score in zip(answers, scores, strict=True):
-        said = {} if score.said is None else {"said": score.said}
-        lines.append({"id": answered.id, "turn": answered.turn, "scores": dict(score.scores), **said})
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    os.replace(beside, path)
-
-
 def _show(answers: Sequence[Answered], scores: Sequence[Score]) -> None:
-    without = sum(not score.scores for score in scores)
-    table = Table(title=f"{len(answers)} answers" + (f", {without} without a score" if without else ""))
+    lacking = [(answered, score.reason) for answered, score in zip(answers, scores, strict=True) if score.reason]
+    table = Table(title=f"{len(answers)} answers" + (f", {len(lacking)} of them without a score" if lacking else ""))
     table.add_column("score")
     for title in ("answers", "mean", "std", "lowest", "highest"):
         table.add_column(title, justify="right")
     for row in summaries(scores):
         numbers = (row.mean, row.deviation, row.lowest, row.highest)
-        table.add_row(row.name, str(row.count), *(f"{number:.3f}" for number in numbers))
+        table.add_row(Text(row.name), str(row.count), *(f"{number:.3f}" for number in numbers))
     Console().print(table)
+    for answered, reason in lacking[:_REASONS_SHOWN]:
+        print(f"no score: {answered.where}, turn {answered.turn}: {reason}")
+    if len(lacking) > _REASONS_SHOWN:
+        print(f"no score: {len(lacking) - _REASONS_SHOWN} more; the output says why of each")
 
 
 if __name__ == "__main__":

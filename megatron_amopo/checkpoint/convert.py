@@ -25,7 +25,7 @@ from megatron_amopo.checkpoint.checks import (
     read_table,
 )
 from megatron_amopo.checkpoint.families import megatron_arguments
-from megatron_amopo.checkpoint.hf_files import CONFIG, FILES
+from megatron_amopo.checkpoint.hf_files import CONFIG, is_of_export
 from megatron_amopo.checkpoint.hf_template import offer_prompts
 from megatron_amopo.checkpoint.hf_writer import DEFAULT_SHARD_SIZE, HfWriter, plan_files
 from megatron_amopo.checkpoint.megatron import RELEASE, TRACKER, MegatronCheckpoint
@@ -109,7 +109,7 @@ def hf_to_megatron(
             size=size,
             sources=[source.path],
             replaces=TRACKER,
-            may_hold=(RELEASE, HF_SUBFOLDER, TRACKER),
+            may_hold=lambda path: path.name in (RELEASE, HF_SUBFOLDER, TRACKER),
         ) as folder,
     ):
         beside = folder / HF_SUBFOLDER
@@ -178,7 +178,7 @@ def megatron_to_hf(
     target = Path(hf_dir)
     with (
         Progress("export", size, shown=progress) as bar,
-        new_folder(target, force=force, size=size, sources=[root], replaces=CONFIG, may_hold=FILES) as folder,
+        new_folder(target, force=force, size=size, sources=[root], replaces=CONFIG, may_hold=is_of_export) as folder,
     ):
         hf.copy_side_files(beside, folder)
         notes += offer_prompts(folder)

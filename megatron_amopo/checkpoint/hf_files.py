@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
+from pathlib import Path
+
+from megatron_amopo.data.model_card import is_own_card
 from megatron_amopo.data.model_prompts import PROMPTS_FILE
 
 CONFIG = "config.json"
@@ -32,3 +36,8 @@ SIDE_FILES = (
 )
 #: What a conversion reads and writes, as patterns of names.
 FILES = (CONFIG, "*.safetensors", INDEX, *SIDE_FILES, MORE_TEMPLATES)
+
+
+def is_of_export(path: Path) -> bool:
+    """Whether a conversion could have written this file, or `tools/report.py` into what a conversion wrote."""
+    return any(fnmatch(path.name, pattern) for pattern in FILES) or is_own_card(path)

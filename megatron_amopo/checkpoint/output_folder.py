@@ -14,8 +14,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_amopo.errors import CheckpointError
@@ -32,7 +31,7 @@ def new_folder(
     size: int,
     sources: Sequence[Path],
     replaces: str,
-    may_hold: Sequence[str] = ("*",),
+    may_hold: Callable[[Path], bool] = lambda _: True,
 ) -> Iterator[Path]:
     """A folder beside `target` that takes its place when the block ends well, and vanishes otherwise.
 
@@ -42,7 +41,7 @@ def new_folder(
         sources: folders that are read; the target must not be, contain or lie in one.
         replaces: with `force`, an existing target is replaced only where it holds this file, so that a mistyped path is
             safe,
-        may_hold: and where the name of everything in it matches one of these patterns.
+        may_hold: and where this is so of everything in it.
 
     Raises:
         CheckpointError: the target may not be written, another run is writing it, or the disk is too small or failed.
@@ -143,7 +142,7 @@ def _check_leftovers(place: Path) -> None:
         )
 
 
-def _check_target(target: Path, force: bool, replaces: str, may_hold: Sequence[str]) -> None:
+def _check_target(target: Path, force: bool, replaces: str, may_hold: Callable[[Path], bool]) -> None:
     if target.is_mount():
         raise CheckpointError(f"{target} is a mount point, which can't be replaced; name a folder in it")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -153,7 +152,7 @@ def _check_target(target: Path, force: bool, replaces: str, may_hold: Sequence[s
     if not (target / replaces).is_file():
         raise CheckpointError(f"{target} has no {replaces}: --force replaces only what a conversion could have written")
     for path in sorted(target.iterdir()):
-        if not any(fnmatch(path.name, pattern) for pattern in may_hold):
+        if not may_hold(path):
             raise CheckpointError(
                 f"{target} holds {path.name}, which no conversion writes: --force replaces only folders "
                 "without other files"

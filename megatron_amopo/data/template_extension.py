@@ -160,6 +160,7 @@ def _placement(placement: str) -> list[str]:
     if placement == "system":
         return [
             "{%- if messages[0]['role'] == 'system' -%}",
+            *_refuse_parts("messages[0]['content']"),
             "{%- set messages = [{'role': 'system', 'content': amopo_text ~ '\\n\\n' ~ messages[0]['content']}]"
             " + messages[1:] -%}",
             "{%- else -%}",
@@ -173,8 +174,18 @@ def _placement(placement: str) -> list[str]:
         "{%- if message['role'] == 'user' -%}{%- set amopo.last = loop.index0 -%}{%- endif -%}",
         "{%- endfor -%}",
         "{%- if amopo.last < 0 -%}{{- raise_exception('want: the conversation has no user turn') -}}{%- endif -%}",
+        *_refuse_parts(content),
         f"{{%- set amopo_turn = {{'role': 'user', 'content': {parts[0]} ~ '\\n\\n' ~ {parts[1]}}} -%}}",
         "{%- set messages = messages[:amopo.last] + [amopo_turn] + messages[amopo.last + 1:] -%}",
+    ]
+
+
+def _refuse_parts(content: str) -> list[str]:
+    """The prompt can't be joined to a list of content parts, which Jinja would write as Python shows it."""
+    return [
+        f"{{%- if {content} is not string -%}}",
+        "{{- raise_exception('want: the turn that takes the prompt has to be text, not a list of parts') -}}",
+        "{%- endif -%}",
     ]
 
 

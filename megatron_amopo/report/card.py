@@ -13,19 +13,18 @@ import yaml
 from markupsafe import Markup, escape
 
 from megatron_amopo import __version__
+from megatron_amopo.data.model_card import CARD, CARD_MARK, is_own_card
 from megatron_amopo.data.model_prompts import ModelPrompts
 from megatron_amopo.data.prompts import format_score
 from megatron_amopo.data.template_extension import original_template
 from megatron_amopo.errors import AmopoError
-from megatron_amopo.report.files import ReportError, read_json_object, write_text
+from megatron_amopo.report.files import ReportError, read_json_object, read_text, write_text
 from megatron_amopo.report.prepared import PreparedData, find_data, prompt_texts
 from megatron_amopo.report.rendering import render
-from megatron_amopo.report.run import Run
+from megatron_amopo.report.run import MODEL_FOLDER, Run
 from megatron_amopo.report.summary import results, validation_records
 from megatron_amopo.report.words import as_text, objective_in_words
 
-CARD = "README.md"
-_MARK = "<!-- written by tools/report.py of megatron-amopo -->"
 _CONFIG = "config.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _NOT_SETTINGS = ("--amopo-data", "reference")  # of run.json
@@ -65,10 +64,12 @@ def write_card(
     run = Run.load(folder)
     if not (model / _CONFIG).is_file():
         raise ReportError(f"--model-card {model}: not an exported model (no {_CONFIG})")
+    if model.resolve() == (folder / MODEL_FOLDER).resolve():
+        raise ReportError(f"--model-card {model}: this is the run's own record of its model; name an export")
     if base_model is not None and not _HUB_NAME.fullmatch(base_model):
         raise ReportError(f"--base-model {base_model}: not a name on the hub (ORGANISATION/MODEL)")
     path = model / CARD
-    if path.exists() and not force and _MARK not in _text(path):
+    if path.exists() and not force and not is_own_card(path):
         raise ReportError(f"{path} is there and wasn't written by this tool; --force replaces it")
     data = find_data(run, data_folder)
     try:
@@ -91,7 +92,7 @@ def _render(
         "card.md.jinja",
         {"cell": _cell, "block": _block, "as_text": as_text},
         header=Markup(yaml.safe_dump(_header(run, base_model), sort_keys=False, allow_unicode=True)),
-        mark=Markup(_MARK),
+        mark=Markup(CARD_MARK),
         run=run,
         data=data,
         base_model=base_model,
@@ -147,7 +148,7 @@ def _want(prompts: ModelPrompts) -> str:
 
 def _offers_prompts(model: Path) -> bool:
     """Whether the folder's chat template puts messages under the prompts by itself."""
-    source = _text(model / "chat_template.jinja") if (model / "chat_template.jinja").is_file() else None
+    source = read_text(model / "chat_template.jinja") if (model / "chat_template.jinja").is_file() else None
     if source is None:
         source = (read_json_object(model / "tokenizer_config.json") or {}).get("chat_template")
     return isinstance(source, str) and original_template(source) != source
@@ -165,10 +166,3 @@ def _block(text: str, language: str = "") -> Markup:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Markup(f"{fence}{language}\n{text}\n{fence}")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ReportError(f"{path}: can't be read ({error.strerror})") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +30,51 @@ def read_json_object(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none where there is no file. A last line that a kill cut off is left out.
+@dataclass(frozen=True)
+class JsonLines:
+    """The objects of a file of JSON lines; ``cut_off`` says that half a line follows them."""
+
+    objects: tuple[dict[str, Any], ...]
+    cut_off: bool
+
+
+def read_json_lines(path: Path) -> JsonLines:
+    """Read a file of JSON lines; none where there is no file. A last line that is being written, or that a kill cut
+    off, is left out.
 
     Raises:
         ReportError: it can't be read, or a line before the last is no JSON object.
     """
     if not path.is_file():
-        return []
+        return JsonLines((), cut_off=False)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         raise ReportError(f"{path}: can't be read ({error})") from error
-    objects = []
+    objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)
         except ValueError as error:
             if number == len(lines):
-                break
+                return JsonLines(tuple(objects), cut_off=bool(line))
             raise ReportError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(content, dict):
             raise ReportError(f"{path}, line {number}: not a JSON object")
         objects.append(content)
-    return objects
+    return JsonLines(tuple(objects), cut_off=False)
+
+
+def read_text(path: Path) -> str:
+    """A file's text; bytes that are none are replaced.
+
+    Raises:
+        ReportError: it can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ReportError(f"{path}: can't be read ({error.strerror})") from error
 
 
 def write_text(path: Path, text: str) -> None:

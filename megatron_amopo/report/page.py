@@ -8,12 +8,27 @@ from pathlib import Path
 
 from megatron_amopo import __version__
 from megatron_amopo.report import figures, summary, tables
+from megatron_amopo.report.files import ReportError, read_text, write_text
 from megatron_amopo.report.ledger import summarise_ledger
 from megatron_amopo.report.prepared import find_data
 from megatron_amopo.report.rendering import render
 from megatron_amopo.report.run import Run
 from megatron_amopo.report.words import percent
 from megatron_amopo.training.run_files import LEDGER_FOLDER
+
+#: What only a page of ours holds, and every one.
+_MARK = '<p class="lead">Training report</p>'
+
+
+def write_page(path: Path, folder: Path, data_folder: Path | None = None) -> None:
+    """Write the page of a run; ``folder`` and ``data_folder`` as :func:`render_page` takes them.
+
+    Raises:
+        ReportError: ``path`` is there and isn't a page (the run's metrics, for one), or a folder isn't what it must be.
+    """
+    if path.exists() and not (path.is_file() and _MARK in read_text(path)):
+        raise ReportError(f"--output {path} is there and isn't a page of this tool: it isn't replaced")
+    write_text(path, render_page(folder, data_folder))
 
 
 def render_page(folder: Path, data_folder: Path | None = None) -> str:

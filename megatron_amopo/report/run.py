@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_amopo.report.files import ReportError, read_json_lines, read_json_object
+from megatron_amopo.report.files import JsonLines, ReportError, read_json_lines, read_json_object
 from megatron_amopo.training.run_files import EVALUATION_FILE, METRICS_FILE, RUN_RECORD, STARTS_FILE
 
 _TRACKER = "latest_checkpointed_iteration.txt"  # Megatron's
-_MODEL = "hf/config.json"
+#: The starting model's files without its weights.
+MODEL_FOLDER = "hf"
+_MODEL = f"{MODEL_FOLDER}/config.json"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Run:
     starts: tuple[Start, ...]
     model: Mapping[str, Any]  # its Hugging Face config; empty before the first checkpoint
     saved_step: int | None
+    cut_off: tuple[str, ...]  # files that end in half a line
 
     @classmethod
     def load(cls, folder: Path) -> "Run":
@@ -99,8 +102,9 @@ class Run:
             raise ReportError(
                 f"{folder} holds none of {METRICS_FILE}, {EVALUATION_FILE} and {RUN_RECORD}: not a run's --save folder"
             )
-        lines = _lines(metrics)
-        evaluated_alone = _lines(alone).get("validation", ())
+        files = {path.name: read_json_lines(path) for path in (metrics, alone, folder / STARTS_FILE)}
+        lines = _lines(metrics, files[METRICS_FILE])
+        evaluated_alone = _lines(alone, files[EVALUATION_FILE]).get("validation", ())
         return cls(
             folder=folder,
             flags=flags or {},
@@ -108,9 +112,10 @@ class Run:
             evaluations=lines.get("validation", ()),
             conflicts=lines.get("conflict", ()),
             evaluated_alone=evaluated_alone[-1] if evaluated_alone else None,
-            starts=tuple(Start.of(line) for line in read_json_lines(folder / STARTS_FILE)),
+            starts=tuple(Start.of(line) for line in files[STARTS_FILE].objects),
             model=read_json_object(folder / _MODEL) or {},
             saved_step=_saved_step(folder / _TRACKER),
+            cut_off=tuple(name for name, found in files.items() if found.cut_off),
         )
 
     @cached_property
@@ -164,10 +169,10 @@ class Run:
         return None
 
 
-def _lines(path: Path) -> dict[str, tuple[Line, ...]]:
-    """A metrics file's lines by split, each in the order of steps."""
+def _lines(path: Path, found: JsonLines) -> dict[str, tuple[Line, ...]]:
+    """What was found in a metrics file by split, each in the order of steps."""
     splits: dict[str, list[Line]] = {}
-    for number, content in enumerate(read_json_lines(path), start=1):
+    for number, content in enumerate(found.objects, start=1):
         try:
             figures = {str(name): _number(value) for name, value in content["metrics"].items()}
             splits.setdefault(str(content["split"]), []).append(Line(int(content["iteration"]), figures))

@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_amopo.report.prepared import PreparedData
 from megatron_amopo.report.run import Line, Run, Series
-from megatron_amopo.report.words import as_text, change, half_width, objective_in_words
+from megatron_amopo.report.words import as_text, change, objective_in_words, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,13 @@ def results(run: Run, records: int | None) -> list[DimensionResult]:
     for dimension in run.dimensions:
         accuracy = f"accuracy/{dimension}"
         last = _scaled(after or before, accuracy, 1.0)
-        error = half_width(last, records) if run.evaluations or run.evaluated_alone else None
+        interval = wilson_interval(last, records) if run.evaluations or run.evaluated_alone else None
+        range_of = "" if interval is None else f" ({100 * interval[0]:.1f}–{100 * interval[1]:.1f})"
         rows.append(
             DimensionResult(
                 dimension,
                 margin=shown(f"margin/{dimension}", "+.3f"),
-                accuracy=shown(accuracy, ".1f", 100) + ("" if error is None else f" ± {100 * error:.1f}"),
+                accuracy=shown(accuracy, ".1f", 100) + range_of,
                 weight=shown(f"weight/{dimension}", ".3f"),
                 floor=as_text(floors[dimension]) if isinstance(floors, Mapping) and dimension in floors else "–",
             )
@@ -85,7 +86,7 @@ def _compared(run: Run) -> tuple[Line | None, Line | None]:
 def results_are(run: Run, records: int | None) -> str:
     """What the figures of :func:`results` are, in words."""
     of = f"{records:,} validation records" if records else "the validation records"
-    interval = "; ± is half a 95 % interval of the last accuracy" if records else ""
+    interval = "; in brackets the last accuracy's 95 % interval" if records else ""
     if run.before and run.after:
         return f"Means over {of}: after step {run.before.step} → after step {run.after.step}{interval}."
     if run.before:
@@ -139,7 +140,10 @@ def _progress(run: Run) -> str:
 
 def warnings(run: Run) -> list[str]:
     """What a reader must not overlook."""
-    found = []
+    found = [
+        f"{name} ends in half a line, which is being written or was cut off by a kill; it is left out."
+        for name in run.cut_off
+    ]
     if run.not_finite is not None:
         name, step = run.not_finite
         found.append(f"{name} isn't a finite number at step {step:,}; the figures after it may mean nothing.")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _LOSSES = {"simpo": "SimPO", "orpo": "ORPO", "dpo": "DPO", "ipo": "IPO", "sft": "SFT", "modpo": "MODPO"}
+_Z = 1.959964  # of 95 %: the standard normal distribution's 0.975 quantile
 _SYMBOLS = {"--amopo-beta": "β", "--amopo-gamma": "γ", "--amopo-label-smoothing": "ε"}
 
 
@@ -28,11 +29,17 @@ def percent(share: float | None, digits: int = 1) -> str:
     return number(None if share is None else 100 * share, f".{digits}f")
 
 
-def half_width(share: float | None, records: int | None) -> float | None:
-    """Half the 95 % interval of a share of ``records`` independent records (normal approximation)."""
+def wilson_interval(share: float | None, records: int | None) -> tuple[float, float] | None:
+    """The 95 % interval of a share of ``records`` independent records: Wilson's score interval (Journal of the American
+    Statistical Association 22 (1927), pages 209-212), which has a width at 0 and 1, too, and stays between them. None
+    where the share or the number isn't known.
+    """
     if share is None or not records or not 0 <= share <= 1:
         return None
-    return 1.96 * math.sqrt(share * (1 - share) / records)
+    shrink = 1 + _Z**2 / records
+    centre = (share + _Z**2 / (2 * records)) / shrink
+    half = _Z * math.sqrt(share * (1 - share) / records + (_Z / (2 * records)) ** 2) / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def objective_in_words(flags: Mapping[str, Any], dimensions: int) -> str:

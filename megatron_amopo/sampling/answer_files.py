@@ -38,6 +38,11 @@ class Answer:
     ended: tuple[bool, ...]
     tstamp: float
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Answer:
+        """From what JSON made of its fields."""
+        return cls(tuple(fields["turns"]), tuple(fields["tokens"]), tuple(fields["ended"]), fields["tstamp"])
+
 
 def write_answers(
     path: Path,

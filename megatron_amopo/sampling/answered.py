@@ -5,23 +5,24 @@ MT-bench's answers and those of Arena-Hard's older format don't hold the questio
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_amopo.data.prompts import Message
 from megatron_amopo.errors import ConfigError, DataError
+from megatron_amopo.sampling.json_records import json_records, read_text
 from megatron_amopo.sampling.prompt_files import PromptFile
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer: `conversation` ends with it. `turn` counts from 1."""
+    """One answer: `conversation` ends with it. `turn` counts from 1; `where` is its record's place in the file."""
 
     id: str
     turn: int
     conversation: tuple[Message, ...]
+    where: str
 
     @property
     def prompt(self) -> str:
@@ -38,33 +39,28 @@ def read_answers(path: Path, questions: PromptFile | None = None) -> list[Answer
     needed.
     """
     asked = {question.id: question.turns for question in questions.questions} if questions is not None else None
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a file of answers: {error}") from error
+    records = json_records(path, read_text(path))
     if not records:
         raise DataError(f"{path} holds no answers")
     answered = []
-    for number, record in enumerate(records, 1):
+    for where, record in records:
         try:
-            key, prompts, answers = _turns(record, number, asked)
-            turns = zip(prompts, answers, strict=True)
-            conversation: list[Message] = []
-            for turn, (prompt, answer) in enumerate(turns, 1):
-                conversation += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-                answered.append(Answered(key, turn, tuple(conversation)))
+            key, prompts, answers = _turns(record, where, asked)
+            turns = list(zip(prompts, answers, strict=True))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise DataError(f"{path}, record {number}: not an answer in a known format ({error!r})") from error
+            raise DataError(f"{path}, {where}: not an answer in a known format ({error!r})") from error
+        conversation: list[Message] = []
+        for turn, (prompt, answer) in enumerate(turns, 1):
+            if not (isinstance(prompt, str) and isinstance(answer, str)):
+                raise DataError(f"{path}, {where}: the prompt or the answer of turn {turn} is not text")
+            conversation += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            answered.append(Answered(key, turn, tuple(conversation), where))
     return answered
 
 
-def _turns(record: Any, number: int, asked: dict[str, tuple[str, ...]] | None) -> tuple[str, list[str], list[str]]:
+def _turns(record: Any, where: str, asked: dict[str, tuple[str, ...]] | None) -> tuple[str, list[Any], list[Any]]:
     """Id, user turns and answers of a record."""
     if "choices" in record:
         key = str(record["question_id"])
@@ -76,5 +72,5 @@ def _turns(record: Any, number: int, asked: dict[str, tuple[str, ...]] | None) -
         *_, question, answer = record["messages"]
         return str(record["uid"]), [question["content"]], [answer["content"]["answer"]]
     if "instruction" in record:
-        return f"record {number}", [record["instruction"]], [record["output"]]
-    return str(record.get("id", f"record {number}")), [record["prompt"]], [record["answer"]]
+        return where, [record["instruction"]], [record["output"]]
+    return str(record.get("id", where)), [record["prompt"]], [record["answer"]]

@@ -13,6 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_amopo.errors import DataError
+
 
 @dataclass(frozen=True)
 class Request:
@@ -42,6 +44,20 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """Answer each request."""
+
+
+def room(request: Request, context: int | None) -> int:
+    """How many tokens an answer may have, in a context of so many (None: of any). Raises DataError where the prompt
+    leaves no room for one.
+    """
+    if context is None:
+        return request.max_tokens
+    if len(request.prompt) >= context:
+        raise DataError(
+            f"question {request.question!r}: its prompt of {len(request.prompt)} tokens, earlier turns included, "
+            f"fills the model's context of {context}"
+        )
+    return min(request.max_tokens, context - len(request.prompt))
 
 
 def answer_seed(seed: int, question: str, turn: int) -> int:

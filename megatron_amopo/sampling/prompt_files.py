@@ -6,7 +6,7 @@ the judge's own tools use to answer them (`Conventions`).
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,12 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_amopo.errors import DataError
+from megatron_amopo.sampling.json_records import json_records, read_text
 
 MT_BENCH, ARENA_HARD_TURNS, ARENA_HARD, ALPACA_EVAL = "mt-bench", "arena-hard-turns", "arena-hard", "alpaca-eval"
 JSONL, TEXT = "jsonl", "text"
+# An object, or a list of anything but numbers: text may begin with [INST] or [1].
+_JSON = re.compile(r'\s*(\{|\[\s*[\[\]{"])')
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,15 @@ class PromptFile:
     @classmethod
     def read(cls, path: Path) -> PromptFile:
         """Raises DataError naming the file and the record."""
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: can't be read as text: {error}") from error
-        start = text.lstrip()[:1]
-        if start == "[":
-            records = _json_list(path, text)
-        elif start == "{":
-            records = _json_lines(path, text)
+        text = read_text(path)
+        is_json = _JSON.match(text) is not None
+        if is_json:
+            records = json_records(path, text)
         else:
-            records = [(f"line {n}", {"prompt": line}) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+            records = [(f"line {n}", {"prompt": line}) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not records:
             raise DataError(f"{path} holds no prompts")
-        name = _format(*records[0], path) if start in ("[", "{") else TEXT
+        name = _format(*records[0], path) if is_json else TEXT
         questions = tuple(_question(path, where, name, record) for where, record in records)
         seen: dict[str, str] = {}
         for (where, _), question in zip(records, questions, strict=True):
@@ -102,24 +100,6 @@ class PromptFile:
                 raise DataError(f"{path}, {where}: has the id of {seen[question.id]}, {question.id!r}")
             seen[question.id] = where
         return cls(name, questions)
-
-
-def _json_list(path: Path, text: str) -> list[tuple[str, Any]]:
-    try:
-        return [(f"record {number}", record) for number, record in enumerate(json.loads(text), 1)]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from error
-
-
-def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at characters that JSON may hold
-        if line.strip():
-            try:
-                records.append((f"line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
-    return records
 
 
 def _format(where: str, record: Any, path: Path) -> str:
@@ -158,4 +138,6 @@ def _question(path: Path, where: str, name: str, record: Any) -> Question:
         raise DataError(f"{path}, {where}: not a record of the format {name} like the first ({error!r})") from error
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise DataError(f"{path}, {where}: its prompt is not text, or empty")
+    if not isinstance(key, str | int) or isinstance(key, bool):
+        raise DataError(f"{path}, {where}: its id is neither text nor a whole number")
     return Question(str(key), tuple(turns), str(record.get("category", "")), record)

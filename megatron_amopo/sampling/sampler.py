@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ from megatron_amopo.sampling.answer_files import Answer, write_answers
 from megatron_amopo.sampling.engines import Engine, Request, answer_seed
 from megatron_amopo.sampling.prompt_files import CONVENTIONS, PromptFile, Question
 from megatron_amopo.sampling.unfinished import Unfinished
-
-_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
+from megatron_amopo.sampling.whole_model import files_state
 
 
 @dataclass(frozen=True)
@@ -98,36 +97,29 @@ def sample_file(
     asked = {
         **settings,
         "model": model_id,
-        "files": _files_state(folder),
+        "files": files_state(folder),
         "temperatures": temperatures,
         "questions_sha256": hashlib.sha256(questions.encode()).hexdigest(),
         "style": style,
         "dimensions": None if sampling.prompts is None else sampling.prompts.dimensions,
     }
     unfinished = Unfinished(output, asked)
-    found = len(unfinished.answers)
+    found = len(unfinished.found)
     # Batches of like lengths are padded least.
     open_questions = sorted(
-        (question for question in prompt_file.questions if question.id not in unfinished.answers),
+        (question for question in prompt_file.questions if question.id not in unfinished.found),
         key=lambda question: (len(question.turns), len(question.turns[0])),
     )
     with tqdm(total=len(prompt_file.questions), initial=found, unit="question", disable=not progress) as bar:
         for start in range(0, len(open_questions), engine.batch_size):
             batch = open_questions[start : start + engine.batch_size]
-            unfinished.add(_answer(engine, tokenizer, batch, sampling, temperatures, limit))
+            answers = _answer(engine, tokenizer, batch, sampling, temperatures, limit)
+            unfinished.add({key: asdict(answer) for key, answer in answers.items()})
             bar.update(len(batch))
-    answers = [unfinished.answers[question.id] for question in prompt_file.questions]
-    write_answers(output, prompt_file, answers, list(temperatures.values()), model_id, settings)
+    in_order = [Answer.of(unfinished.found[question.id]) for question in prompt_file.questions]
+    write_answers(output, prompt_file, in_order, list(temperatures.values()), model_id, settings)
     unfinished.remove()
     return found
-
-
-def _files_state(folder: Path) -> list[tuple[str, int, int]]:
-    """What changes when other weights, or another tokenizer or template, lie in the folder: name, size and time of each
-    file.
-    """
-    states = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.suffix in _MODEL_FILES]
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def _check_prompts(tokenizer: ChatTokenizer, sampling: Sampling, question: Question) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_amopo.errors import DataError
-from megatron_amopo.sampling.engines import Generated, Request
+from megatron_amopo.sampling.engines import Generated, Request, room
 from megatron_amopo.sampling.whole_model import load_whole
 
 
@@ -37,7 +36,9 @@ class TransformersEngine:
         from transformers import GenerationConfig, LogitsProcessorList
 
         longest = max(len(request.prompt) for request in requests)
-        limits = [self._room(request) for request in requests]
+        # Each prompt's own, whatever else is in the batch: what a row generates beyond it, waiting for the others, is
+        # cut off.
+        limits = [room(request, self.context) for request in requests]
         pad = self.end_ids[0]  # masked, so any will do
         ids = torch.full((len(requests), longest), pad)
         mask = torch.zeros_like(ids)
@@ -57,18 +58,6 @@ class TransformersEngine:
         )
         rows = output[:, longest:].tolist()
         return [self._cut(row, limit) for row, limit in zip(rows, limits, strict=True)]
-
-    def _room(self, request: Request) -> int:
-        """How long an answer may be. It is each prompt's own, whatever else is in the batch: what a row generates
-        beyond it, waiting for the others, is cut off."""
-        if self.context is None:
-            return request.max_tokens
-        if len(request.prompt) >= self.context:
-            raise DataError(
-                f"question {request.question!r}: its prompt of {len(request.prompt)} tokens, earlier turns included, "
-                f"fills the model's context of {self.context}"
-            )
-        return min(request.max_tokens, self.context - len(request.prompt))
 
     def _cut(self, ids: list[int], limit: int) -> Generated:
         end = next((place for place, token in enumerate(ids[:limit]) if token in self.end_ids), None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amopo.errors import ConfigError
-from megatron_amopo.sampling.engines import Generated, Request
+from megatron_amopo.sampling.engines import Generated, Request, room
 
 _REQUESTS_AT_A_TIME = 1024
 
@@ -39,14 +39,15 @@ class VllmEngine:
         self._model = self._vllm.LLM(
             model=str(folder), tensor_parallel_size=tensor_parallel_size, generation_config="vllm"
         )
+        self.context: int = self._model.llm_engine.model_config.max_model_len
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
-        """Answer each request."""
+        """Answer each request. Raises DataError where a prompt leaves no room for an answer."""
         settings = [
             self._vllm.SamplingParams(
                 temperature=request.temperature,
                 top_p=request.top_p,
-                max_tokens=request.max_tokens,
+                max_tokens=room(request, self.context),
                 seed=request.seed,
                 stop_token_ids=[self._end_of_turn_id],
             )

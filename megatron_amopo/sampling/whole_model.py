@@ -1,4 +1,6 @@
-"""Models of a folder, with all their weights: transformers fills those that are missing with random numbers."""
+"""Models of a folder: with all their weights (transformers fills those that are missing with random numbers), and
+whether they are still the ones of an earlier run.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amopo.errors import ConfigError
+
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")
 
 
 def load_whole(auto_class: Any, folder: Path, named: str) -> Any:
@@ -33,3 +37,11 @@ def load_whole(auto_class: Any, folder: Path, named: str) -> Any:
 def first_line(error: Exception) -> str:
     """Of what transformers says, which is often a page."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def files_state(folder: Path) -> list[tuple[str, int, int]]:
+    """What changes when other weights, or another tokenizer or template, lie in the folder: name, size and time of each
+    file.
+    """
+    states = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.suffix in _MODEL_FILES]
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]

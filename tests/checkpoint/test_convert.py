@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from megatron_amopo.checkpoint import hf_writer, output_folder, tensor_files
 from megatron_amopo.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_amopo.checkpoint.verify import verify
+from megatron_amopo.data.model_card import CARD, CARD_MARK
 from megatron_amopo.errors import CheckpointError
 from tests.support.checkpoints import VOCABULARY, MakeFolder, all_files, edit_config, load_tensors, save_tiny_model
 from tools import convert_checkpoint
@@ -238,6 +239,19 @@ def test_force_replaces_only_what_looks_like_an_output(make_folder: MakeFolder, 
     with pytest.raises(CheckpointError, match=r"holds train\.py, which no conversion writes"):
         megatron_to_hf(megatron, copy, force=True)
     assert (precious / "thesis.tex").exists()
+
+
+def test_force_replaces_an_export_with_our_card_and_no_other(make_folder: MakeFolder, tmp_path: Path) -> None:
+    original, megatron, export = make_folder(), tmp_path / "megatron", tmp_path / "export"
+    hf_to_megatron(original, megatron)
+    megatron_to_hf(megatron, export)
+    (export / CARD).write_text("# Mine\n")
+    with pytest.raises(CheckpointError, match=r"holds README\.md, which no conversion writes"):
+        megatron_to_hf(megatron, export, force=True)
+    assert (export / CARD).read_text() == "# Mine\n"
+    (export / CARD).write_text(f"---\n---\n{CARD_MARK}\n")
+    megatron_to_hf(megatron, export, force=True)
+    assert all_files(export) == all_files(original)  # the card was of the model of before
 
 
 def test_a_failed_conversion_leaves_nothing(

@@ -93,6 +93,24 @@ def test_what_was_not_trained_is_refused(tokenizer_dir, want, said):
         tokenizer.apply_chat_template(QUESTION, want=want, tokenize=False)
 
 
+@pytest.mark.parametrize("style", built_in_styles())
+def test_a_list_of_content_parts_is_refused(tokenizer_dir, style):
+    """It isn't written into the prompt as Python shows it; turns that the prompt doesn't touch stay the template's."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.chat_template = extended_template(
+        "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}{% endfor %}",
+        prompts_of(style),
+    )
+    parts = [{"type": "text", "text": "Why?"}]
+    system = PromptStyle.load(style).placement == "system"
+    touched = [{"role": "system" if system else "user", "content": parts}, *(QUESTION if system else [])]
+    assert "Why?" in tokenizer.apply_chat_template(touched, tokenize=False)
+    with pytest.raises(Exception, match="want: the turn that takes the prompt has to be text, not a list of parts"):
+        tokenizer.apply_chat_template(touched, want="general", tokenize=False)
+    untouched = [{"role": "user", "content": parts}, *QUESTION]
+    assert tokenizer.apply_chat_template(untouched, want="general", tokenize=False).count("Why?") == 2
+
+
 def test_only_trained_dimensions_are_offered(tokenizer_dir):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     prompts = prompts_of(trained=("b",))

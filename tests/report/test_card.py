@@ -44,7 +44,7 @@ def test_the_hub_reads_it(run: Path, data: Path, model: Path) -> None:
     for expected in (
         "SHA-256 of the prepared data `0123456789abcdef",
         "On 400 validation records, after step 0 → after step 3",
-        "| helpfulness | +0.110 → +0.410 | 55.0 → 85.0 ± 3.5 | 0.333 → 0.333 |",
+        "| helpfulness | +0.110 → +0.410 | 55.0 → 85.0 (81.2–88.2) | 0.333 → 0.333 |",
         "| --amopo-beta | 10 |",
         "| learning rate | 0.001 |",
         "Write a response that deserves a score of 5 out of 5 for helpfulness.",
@@ -135,6 +135,12 @@ def test_a_foreign_readme_stays(run: Path, data: Path, model: Path) -> None:
     assert "Mine" not in readme.read_text()
     write_card(run, model)  # its own it replaces
     assert sorted(path.name for path in model.iterdir()) == ["README.md", "config.json"]
+
+
+def test_the_runs_own_record_of_its_model_takes_no_card(run: Path) -> None:
+    with pytest.raises(ReportError, match=r"--model-card .*/hf: this is the run's own record of its model"):
+        write_card(run, run / "hf", force=True)
+    assert [path.name for path in (run / "hf").iterdir()] == ["config.json"]
 
 
 def test_refuses_what_is_no_model_and_no_name(run: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_amopo.report.files import ReportError
 from megatron_amopo.report.page import render_page
+from megatron_amopo.report.words import wilson_interval
 from tests.support.run_folders import DIMENSIONS, metrics_of, write_data, write_lines, write_run
 from tools import report as command_line
 
@@ -86,7 +87,7 @@ def test_every_part_of_a_complete_run(complete: str) -> None:
         "AMoPO over SimPO (β 10, γ 0.5), weights over dimensions: gaussian, SFT term × 1, margin floors",
         "60 of 60, 16 records each, last checkpoint: step 60",
         "+0.100 → +0.400",  # margin of the first dimension, before and after
-        "55.0 → 85.0 ± 3.5",  # 1.96 · √(0.85 · 0.15 / 400) = 3.5 points
+        "55.0 → 85.0 (81.2–88.2)",  # Wilson's interval of 340 of 400
         "2,417 rows read from train.jsonl; kept 2,000 train, 400 validation. 3 records were cut",
         "a response has no text",
         "train.jsonl:12: rejected",
@@ -168,6 +169,7 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     path.write_text("\n".join(lines[:21]) + '\n{"iteration": 22, "spl')
     (tmp_path / "latest_checkpointed_iteration.txt").unlink()
     text = text_of(render_page(tmp_path))
+    assert "metrics.jsonl ends in half a line" in text
     assert "This run is unfinished: step 20 of 60." in text
     assert "no checkpoint" in text
 
@@ -177,6 +179,12 @@ def test_a_run_that_only_evaluated(tmp_path: Path) -> None:
     text = text_of(render_page(tmp_path))
     assert "evaluated with --skip-train at step 60" in text
     assert "+0.400" in text
+    assert "half a line" not in text
+    with (tmp_path / "evaluation.jsonl").open("a") as file:
+        file.write('{"iteration": 90, "split": "validation", "metr')
+    text = text_of(render_page(tmp_path))
+    assert "evaluated with --skip-train at step 60" in text
+    assert "evaluation.jsonl ends in half a line" in text
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:
@@ -215,10 +223,38 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.startswith(f"{run / 'report.html'}: ")
     assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert not list(run.glob(".report*"))
+    assert command_line.main([str(run)]) == 0  # a page takes a page's place
     assert command_line.main([str(run), "--output", str(tmp_path / "no" / "page.html")]) == 2
     assert "page.html: can't be written (No such file or directory)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command_line.main([str(run), "--force"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "run.json", "starts.jsonl", "hf/config.json", "ledger/part-000000001-000000001-00000.parquet"],
+)
+def test_a_page_replaces_nothing_but_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    run = write_run(tmp_path / "run", steps=2)
+    before = (run / name).read_bytes()
+    assert command_line.main([str(run), "--output", str(run / name)]) == 2
+    assert f"{run / name} is there and isn't a page of this tool" in capsys.readouterr().err
+    (run / "link.html").symlink_to(run / name)
+    assert command_line.main([str(run), "--output", str(run / "link.html")]) == 2
+    assert (run / name).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("share", "records", "expected"),
+    [
+        (1.0, 400, (0.9905, 1.0)),  # 1 / (1 + z² / n)
+        (0.0, 10, (0.0, 0.2775)),
+        (0.263, 1000, (0.2367, 0.2912)),
+    ],
+)
+def test_wilsons_interval(share: float, records: int, expected: tuple[float, float]) -> None:
+    """Recorded figures of scipy's ``binomtest(share * records, records).proportion_ci(0.95, "wilson")``."""
+    assert wilson_interval(share, records) == pytest.approx(expected, abs=5e-5)
 
 
 def test_reports_need_neither_torch_nor_megatron() -> None:

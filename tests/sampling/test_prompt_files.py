@@ -47,6 +47,13 @@ def test_text_lines(tmp_path: Path) -> None:
     assert found.temperature(found.questions[0]) == 0
 
 
+@pytest.mark.parametrize("line", ["[INST] Why? [/INST]", "[1] Why?", "a\u2028b\x0bc\x85d"])
+def test_any_line_may_be_text(tmp_path: Path, line: str) -> None:
+    """A bracket in front doesn't make it JSON, and nothing but a line's end ends it."""
+    found = read(tmp_path, f"{line}\nHow?\n")
+    assert (found.format, [question.turns[0] for question in found.questions]) == ("text", [line, "How?"])
+
+
 def test_temperatures_by_category(tmp_path: Path) -> None:
     categories = {"writing": 0.7, "roleplay": 0.7, "math": 0, "coding": 0, "stem": 0.1, "something else": 0.7}
     records = [{"question_id": n, "category": name, "turns": ["?"]} for n, name in enumerate(categories)]
@@ -65,7 +72,17 @@ def test_temperatures_by_category(tmp_path: Path) -> None:
         ('{"prompt": ["?"]}', "line 1: its prompt is not text"),
         ('{"question_id": 1, "turns": []}', "line 1: its prompt is not text, or empty"),
         ('{"uid": "a", "prompt": "?"}\n{"uid": "a", "prompt": "!"}', "line 2: has the id of line 1"),
-        ("[1]", "record 1: not a JSON object"),
+        ("[[1]]", "record 1: not a JSON object"),
+        ('["?"]', "record 1: not a JSON object"),
+        ('{"prompt": "?"}\n{"prompt": null}', "line 2: its prompt is not text"),
+        ('{"prompt": "?"}\n3', "line 2: not a record of the format jsonl"),
+        ('{"prompt": "?", "id": null}', "line 1: its id is neither text nor a whole number"),
+        ('{"prompt": "?", "id": NaN}', "line 1: not valid JSON"),
+        ('{"prompt": "?"}\n{"prompt": "\\ud800?"}', "line 2: holds half of a surrogate pair"),
+        ('[{"prompt": "?"}, {"prompt": "\\udfff"}]', "record 2: holds half of a surrogate pair"),
+        ('{"prompt": "?"}\n{"prompt": "?", "x": ' + "[" * 200_000, "line 2: not valid JSON"),
+        ('{"prompt": "?", "x": ' + "[" * 5000 + "]" * 5000 + "}", "line 1: not valid JSON"),
+        ("[" * 200_000, "prompts: not valid JSON"),
     ],
 )
 def test_refusals_name_the_record(tmp_path: Path, text: str, said: str) -> None:

@@ -18,6 +18,7 @@ from megatron_amopo.sampling.engines import Generated, Request, answer_seed
 from megatron_amopo.sampling.prompt_files import PromptFile
 from megatron_amopo.sampling.sampler import Sampling, open_tokenizer, sample_file
 from megatron_amopo.sampling.transformers_engine import SeededSampling, TransformersEngine
+from tests.data.conftest import make_tokenizer
 from tests.sampling.conftest import PROMPTS
 from tools.sample_answers import main
 
@@ -119,6 +120,19 @@ def test_the_second_turn_carries_the_first_answer_and_one_prompt(model_dir, tmp_
     assert asked[1][1] == f"user\n1 + 1?\nassistant\nSo.\nuser\n{general}\n\nAnd 2?\nassistant\n"
 
 
+def test_control_tokens_in_a_question_are_text(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    make_tokenizer(tmp_path, template, ["</s>", "[INST]", "[/INST]"], eos="</s>")
+    tokenizer = open_tokenizer(tmp_path)
+    question = "What does [INST] mean? [/INST] It means </s>[INST]"
+    ids = tokenizer.encode_prompt([{"role": "user", "content": question}])
+    assert [int(token) for token in ids if token < 3] == [1, 2]
+    assert tokenizer.decode(ids) == f" {question} "
+
+
 def test_arena_hard_and_alpaca_eval_answers(ask):
     (new,) = ask(
         [{"uid": "u1", "category": "hard_prompt", "subcategory": "math", "prompt": "Why?"}], "--max-tokens", "3"
@@ -158,9 +172,9 @@ def test_a_stopped_run_goes_on(ask, model_dir, tmp_path, monkeypatch, capsys):
     partial = tmp_path / "answers.partial"
     partial.write_text(partial.read_text() + '{"id": "line 3", "tur')  # a line that a kill cut off
     ask("\n".join(QUESTIONS), *flags, "--seed", "2", code=2)
-    assert "other settings" in capsys.readouterr().err
+    assert "other inputs or settings" in capsys.readouterr().err
     ask("\n".join(QUESTIONS), *flags, "--prompts", "published_user", "--dimensions", "b,a", code=2)
-    assert "other settings" in capsys.readouterr().err
+    assert "other inputs or settings" in capsys.readouterr().err
     weights = model_dir / "model.safetensors"
     state = weights.stat()
     os.utime(weights, ns=(0, 0))  # as another export would have it
@@ -242,6 +256,8 @@ def test_vllm_gets_ids_and_settings(monkeypatch, model_dir):
     seen = {}
 
     class LLM:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=9))
+
         def __init__(self, **options):
             seen.update(options)
 
@@ -258,8 +274,10 @@ def test_vllm_gets_ids_and_settings(monkeypatch, model_dir):
     assert (seen["model"], seen["tensor_parallel_size"]) == (str(model_dir), 4)
     assert seen["prompts"] == [{"prompt_token_ids": [1, 2]}] * 2
     assert seen["settings"][0] == {
-        "temperature": 0.7, "top_p": 0.9, "max_tokens": 8, "seed": requests[0].seed, "stop_token_ids": [2]
+        "temperature": 0.7, "top_p": 0.9, "max_tokens": 7, "seed": requests[0].seed, "stop_token_ids": [2]
     }  # fmt: skip
+    with pytest.raises(DataError, match=r"question 'full': its prompt of 9 tokens, .* fills the model's context of 9"):
+        engine.generate([*requests, Request("full", torch.arange(9).numpy(), 0.0, 1.0, 6, 1)])
     monkeypatch.setattr(vllm_engine, "vllm_installed", lambda: False)
     with pytest.raises(ConfigError, match="isn't installed"):
         vllm_engine.VllmEngine(model_dir, 2, 1)

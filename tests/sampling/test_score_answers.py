@@ -1,47 +1,23 @@
-"""The scoring command: rules, a tiny reward model against plain forward passes, and a judge that is a local server."""
+"""The scoring command: rules, answers in every format, and a run that is stopped and goes on."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatron_amopo.certification.tiny import make_hf_model
-from megatron_amopo.errors import ConfigError
-from megatron_amopo.sampling.answered import Answered
-from megatron_amopo.sampling.scorers.judge import KEY_VARIABLE, Judge, JudgeFailed
 from megatron_amopo.sampling.scorers.score import Score, summaries
-from tests.data.conftest import make_tokenizer
+from tests.sampling.conftest import PLAIN
 from tools.score_answers import main
 
 RULES = "def score_answer(prompt, answer):\n    return {'length': len(answer), 'echo': prompt in answer}\n"
-PLAIN = [{"id": "1", "prompt": "Why?", "answer": "Why? So."}, {"id": "2", "prompt": "How?", "answer": "No."}]
 MT_QUESTIONS = [{"question_id": 81, "category": "math", "turns": ["One?", "Two?"]}]
 MT_ANSWERS = [{"question_id": 81, "model_id": "x", "choices": [{"index": 0, "turns": ["1", "22"]}]}]
 ARENA = [
     {"uid": "u", "messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": {"answer": "aaa"}}]}
 ]
 ALPACA = [{"instruction": "A?", "output": "aaaa", "generator": "x"}]
-
-
-@pytest.fixture
-def score(tmp_path, capsys):
-    """`score(records, scorer, *flags)` runs the command and gives the scores' records."""
-
-    def run(records, scorer, *flags, code=0):
-        (tmp_path / "answers").write_text("".join(json.dumps(record) + "\n" for record in records))
-        output = tmp_path / "scores"
-        command = [str(tmp_path / "answers"), "--scorer", scorer, "--output", str(output), "--force", *flags]
-        assert main(command) == code
-        return [json.loads(line) for line in output.read_text().splitlines()] if code == 0 else capsys.readouterr().err
-
-    return run
 
 
 @pytest.fixture
@@ -97,128 +73,12 @@ def test_rules_that_fail(score, tmp_path):
     for text, said in (
         ("x = 1", "no function score_answer"),
         ("x = ", "fails to load"),
-        ("def score_answer(p, a):\n    return {'x': 1 / (len(a) - 3)}", "fails on the answer to '2', turn 1"),
+        ("def score_answer(p, a):\n    return {'x': 1 / (len(a) - 3)}", "fails on the answer to '2' (line 2), turn 1"),
     ):
         path.write_text(text)
         assert said in score(PLAIN, f"rules:{path}", code=2)
     path.write_text(RULES)
-    assert "record 1: not an answer" in score([{"text": "?"}], f"rules:{path}", code=2)
-
-
-@pytest.mark.parametrize("names", [("reward",), ("helpful", "correct")])
-def test_reward_model(score, tmp_path, names):
-    """In one batch with padding: what the model says of each conversation by itself."""
-    from transformers import AutoTokenizer, Qwen2ForSequenceClassification
-
-    from megatron_amopo.certification.tiny import tiny_config
-
-    folder = make_tokenizer(tmp_path / "reward")
-    config = tiny_config(vocab_size=400, hidden_size=32, num_hidden_layers=2, pad_token_id=0)
-    config.id2label = dict(enumerate(names))
-    torch.manual_seed(3)
-    model = Qwen2ForSequenceClassification(config).eval()
-    model.save_pretrained(folder)
-    found = score(PLAIN, f"reward-model:{folder}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for record, row in zip(PLAIN, found, strict=True):
-        turns = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["answer"]}]
-        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-        with torch.no_grad():
-            expected = model(input_ids=ids).logits[0].tolist()
-        assert list(row["scores"]) == list(names)
-        assert list(row["scores"].values()) == pytest.approx(expected, abs=1e-5)
-
-
-class _Stub(BaseHTTPRequestHandler):
-    """Answers with the next of `replies`: text of a judge, or an HTTP status."""
-
-    replies: list[str | int]
-    requests: list[dict]
-    location: str
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-        reply = self.replies.pop(0)
-        content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-        self.send_response(reply if isinstance(reply, int) else 200)
-        if reply == 302:
-            self.send_header("Location", self.location)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def stub(*replies: str | int) -> Iterator[tuple[str, list[dict]]]:
-    handler = type("Handler", (_Stub,), {"replies": list(replies), "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", handler.requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def answered(prompt: str = "Why?", answer: str = "So.") -> Answered:
-    turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
-    return Answered("1", 1, turns)
-
-
-def test_a_judge_grades(score, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
-    with stub("Not [[3]] but [[7]]", "I can't say.") as (url, requests):
-        found = score(PLAIN, f"judge:{url}", "--judge-model", "m", "--judge-concurrency", "1")
-    assert [row["scores"] for row in found] == [{"grade": 7}, {}]
-    assert found[1]["said"] == "I can't say."
-    assert [(one["path"], one["key"], one["model"]) for one in requests] == [
-        ("/v1/chat/completions", "Bearer secret", "m")
-    ] * 2
-    assert requests[0]["messages"][1]["content"] == "[User]\nWhy?\n\n[Answer]\nWhy? So."
-
-
-def test_a_busy_judge_is_asked_again_and_a_refusal_is_said(monkeypatch):
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    with stub(503, 429, "[[10]]") as (url, requests):
-        assert Judge(url, "m", first_wait_s=0.01).score([answered()], lambda _: None) == [
-            Score({"grade": 10}, "[[10]]")
-        ]
-        assert [one["key"] for one in requests] == [None] * 3
-    with stub(401) as (url, requests), pytest.raises(JudgeFailed, match="refuses: HTTP 401"):
-        Judge(url, "m", first_wait_s=0.01).score([answered()], lambda _: None)
-    assert len(requests) == 1
-    with stub(500, 500) as (url, _), pytest.raises(JudgeFailed, match="in 2 attempts"):
-        Judge(url, "m", first_wait_s=0.01, attempts=2).score([answered()], lambda _: None)
-    with pytest.raises(JudgeFailed, match="no answer in 2 attempts"):  # nobody listens there any more
-        Judge(url, "m", first_wait_s=0.01, attempts=2).score([answered()], lambda _: None)
-
-
-def test_the_key_is_neither_shown_nor_sent_to_another_host(monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "secret\n")
-    with stub("[[9]]") as (url, requests):
-        Judge(url, "m").score([answered()], lambda _: None)
-    assert requests[0]["key"] == "Bearer secret"
-    with stub("[[9]]") as (other, led_to), stub(302) as (url, _):
-        monkeypatch.setattr(_Stub, "location", f"{other}/chat/completions", raising=False)
-        with pytest.raises(JudgeFailed, match="refuses: HTTP 302"):
-            Judge(url, "m").score([answered()], lambda _: None)
-    assert led_to == []
-    monkeypatch.setenv(KEY_VARIABLE, "secret\nX-Other: 1")
-    with pytest.raises(ConfigError, match="AMOPO_JUDGE_API_KEY holds") as error:
-        Judge("http://localhost", "m")
-    assert "secret" not in str(error.value)
-
-
-def test_a_model_without_a_head_is_no_reward_model(score, tmp_path: Path):
-    folder = make_tokenizer(tmp_path / "policy")
-    make_hf_model(folder, vocab_size=400, hidden_size=32)
-    assert "it has no weights for score.weight" in score(PLAIN, f"reward-model:{folder}", code=2)
+    assert "line 1: not an answer" in score([{"text": "?"}], f"rules:{path}", code=2)
 
 
 def test_the_answers_are_not_replaced_by_their_scores(rules, tmp_path: Path, capsys):
@@ -227,25 +87,6 @@ def test_the_answers_are_not_replaced_by_their_scores(rules, tmp_path: Path, cap
     assert main([str(answers), "--scorer", rules, "--output", str(answers), "--force"]) == 2
     assert "is one of the inputs" in capsys.readouterr().err
     assert json.loads(answers.read_text()) == PLAIN[0]
-
-
-def test_a_silent_judge_times_out():
-    release = threading.Event()
-
-    class Silent(_Stub):
-        def do_POST(self) -> None:
-            release.wait(10)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        judge = Judge(f"http://127.0.0.1:{server.server_address[1]}", "m", timeout_s=0.1, attempts=1)
-        with pytest.raises(JudgeFailed, match="timed out"):
-            judge.score([answered()], lambda _: None)
-    finally:
-        release.set()
-        server.shutdown()
-        server.server_close()
 
 
 def test_summaries():
@@ -261,3 +102,73 @@ def test_the_rules_file_may_hold_dataclasses(score, tmp_path: Path):
         + RULES
     )
     assert score(PLAIN, f"rules:{path}")[0]["scores"]["length"] == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"id": "1", "prompt": "Why?", "answer": null}', "answer of turn 1 is not text"),
+        ('{"id": "1", "prompt": ["Why?"], "answer": "So."}', "answer of turn 1 is not text"),
+        ('{"uid": "1", "messages": [{"content": "A?"}, {"content": {"answer": 3}}]}', "answer of turn 1 is not text"),
+        ('{"id": "1", "prompt": "Why?", "answer": "\\ud800"}', "half of a surrogate pair"),
+        ('{"id": "1", "prompt": "Why?", "answer": ' + "[" * 200_000, "not valid JSON"),
+        ('{"id": "1", "prompt": "Why?", "answer": "So."', "not valid JSON"),
+        ('"id, answer"', "not an answer in a known format"),
+    ],
+)
+def test_answers_that_are_none_are_named(rules, tmp_path: Path, capsys, line, said):
+    path = tmp_path / "answers"
+    path.write_text(f"{json.dumps(PLAIN[0])}\n\n{line}\n")
+    assert main([str(path), "--scorer", rules, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}, line 3: " in error
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_a_line_separator_within_an_answer_is_text(score, rules, tmp_path: Path):
+    (tmp_path / "one").write_text(json.dumps({"prompt": "Why?", "answer": "a\u2028b"}, ensure_ascii=False) + "\n")
+    assert main([str(tmp_path / "one"), "--scorer", rules, "--output", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out").read_text())["scores"]["length"] == 3
+
+
+def test_numbers_that_json_does_not_have_are_no_scores(score, tmp_path: Path, capsys):
+    path = tmp_path / "rules.py"
+    path.write_text("def score_answer(p, a):\n    return {'[x]': float('nan' if p == 'Why?' else 'inf'), 'n': 1}\n")
+    found = score(PLAIN, f"rules:{path}")
+    assert [(row["scores"], row["reason"]) for row in found] == [({"n": 1}, "[x] is nan"), ({"n": 1}, "[x] is inf")]
+    path.write_text("def score_answer(p, a):\n    return {'[x]': 1} if p == 'Why?' else {}\n")
+    capsys.readouterr()
+    found = score(PLAIN, f"rules:{path}")
+    assert [row.get("reason") for row in found] == [None, "the scorer gave none"]
+    said = capsys.readouterr().out
+    assert "1 of them without a score" in said
+    assert "[x]" in said
+    assert "no score: line 2, turn 1: the scorer gave none" in said
+
+
+def test_a_stopped_run_goes_on(score, tmp_path: Path):
+    """Scores of before aren't computed again, and aren't taken for those of other answers or rules."""
+    path, log, partial = tmp_path / "rules.py", tmp_path / "log", tmp_path / "scores.partial"
+    path.write_text(
+        "import pathlib\n"
+        "def score_answer(p, a):\n"
+        f"    log = pathlib.Path({str(log)!r})\n"
+        "    asked = log.read_text() if log.exists() else ''\n"
+        "    log.write_text(asked + p)\n"
+        "    if asked == 'Why?':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return {'length': len(a)}\n"
+    )
+    assert "the same command goes on from here" in score(PLAIN, f"rules:{path}", code=130)
+    partial.write_text(partial.read_text() + '{"id": "1", "sco')  # a line that a kill cut off
+    assert "other inputs or settings" in score(PLAIN[::-1], f"rules:{path}", code=2)
+    written = path.read_text()
+    path.write_text(written + "# other rules\n")
+    assert "other inputs or settings" in score(PLAIN, f"rules:{path}", code=2)
+    path.write_text(written)
+    assert [row["scores"] for row in score(PLAIN, f"rules:{path}")] == [{"length": 8}, {"length": 3}]
+    assert log.read_text() == "Why?How?How?"
+    assert not partial.exists()
+    partial.write_text("no JSON\n")
+    assert "other inputs or settings" in score(PLAIN, f"rules:{path}", code=2)

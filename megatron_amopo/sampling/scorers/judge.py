@@ -6,15 +6,17 @@ MT-bench's single-answer grading has it; the wording is ours. The key comes from
 
 from __future__ import annotations
 
+import email.utils
 import http.client
 import json
 import os
+import queue
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ SCORE = "grade"
 _LOWEST, _HIGHEST = 1, 10
 _GRADE = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _PASSING = (408, 409, 429, 500, 502, 503, 504)  # states of a server in which trying again helps
+_UNANSWERABLE = (400, 413, 422)  # of one question: too long for the judge, or what its filter won't have
 _LONGEST_WAIT_S = 60.0
 _TASK = """\
 Grade the last answer in the conversation below. Judge whether it is helpful, correct, relevant, deep enough and keeps \
@@ -36,6 +39,10 @@ grade, a whole number from 1 (useless) to 10 (could not be better), in double br
 
 class JudgeFailed(AmopoError):
     """The endpoint gave no answer, after all attempts."""
+
+
+class _Unanswerable(Exception):
+    """The endpoint refuses this question; the message says why."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -67,48 +74,81 @@ class Judge:
             raise ConfigError(f"--scorer judge:{self.url}: a URL with http:// or https://")
         _key()
 
-    def score(self, answers: Sequence[Answered], done: Callable[[int], object]) -> list[Score]:
-        """Raises JudgeFailed. Answers without a grade in brackets have no score."""
-        scores = []
-        pool = ThreadPoolExecutor(self.at_a_time)
-        try:
-            for score in pool.map(self._grade, answers):
-                scores.append(score)
-                done(1)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return scores
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What grades depend on."""
+        return {"judge": self.url, "model": self.model, "max_tokens": self.max_tokens, "task": _TASK}
 
-    def _grade(self, answered: Answered) -> Score:
+    def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Score]]:
+        """As they come, `at_a_time` of them asked for. Answers without a grade in brackets, and those that the endpoint
+        refuses, have no score. Raises JudgeFailed.
+        """
+        places: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for place in range(len(answers)):
+            places.put(place)
+        graded: queue.SimpleQueue[tuple[int, Score] | Exception] = queue.SimpleQueue()
+        stopped = threading.Event()
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    place = places.get_nowait()
+                    graded.put((place, self._grade(answers[place], stopped)))
+                except queue.Empty:
+                    return
+                except Exception as error:  # raised where grades are read
+                    graded.put(error)
+                    return
+
+        # Not a pool, which waits for its threads when the process ends: an interruption leaves questions unanswered.
+        for _ in range(min(self.at_a_time, len(answers))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in answers:
+                found = graded.get()
+                if isinstance(found, Exception):
+                    raise found
+                yield found
+        finally:
+            stopped.set()
+
+    def _grade(self, answered: Answered, stopped: threading.Event) -> Score:
         turns = "\n\n".join(
             f"[{'User' if message['role'] == 'user' else 'Answer'}]\n{message['content']}"
             for message in answered.conversation
         )
-        said = self._ask([{"role": "system", "content": _TASK}, {"role": "user", "content": turns}])
+        try:
+            said = self._ask([{"role": "system", "content": _TASK}, {"role": "user", "content": turns}], stopped)
+        except _Unanswerable as error:
+            return Score({}, reason=str(error))
         # The last one: a judge may mention grades on the way.
         grades = [float(grade) for grade in _GRADE.findall(said)]
-        return Score({SCORE: grades[-1]} if grades and _LOWEST <= grades[-1] <= _HIGHEST else {}, said)
+        if grades and _LOWEST <= grades[-1] <= _HIGHEST:
+            return Score({SCORE: grades[-1]}, said)
+        return Score({}, said, reason=f"no grade from {_LOWEST} to {_HIGHEST} in double brackets at its end")
 
-    def _ask(self, messages: list[dict[str, str]]) -> str:
+    def _ask(self, messages: list[dict[str, str]], stopped: threading.Event) -> str:
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
         wait = self.first_wait_s
         for attempt in range(1, self.attempts + 1):
             try:
                 reply = self._post(body)
-                return str(reply["choices"][0]["message"]["content"] or "")
+                said = str(reply["choices"][0]["message"]["content"] or "")
+                return said.encode("utf-8", "replace").decode()  # half of a surrogate pair can't be written
             except urllib.error.HTTPError as error:
-                detail = error.read(500).decode("utf-8", "replace").strip()
-                reason = f"HTTP {error.code} {error.reason}: {detail}"
+                reason = f"HTTP {error.code} {error.reason}: {_detail(error)}"
+                if error.code in _UNANSWERABLE:
+                    raise _Unanswerable(reason) from error
                 if error.code not in _PASSING:
                     raise JudgeFailed(f"the judge at {self.url} refuses: {reason}") from error
-                wait = _asked_to_wait(error) or wait
-            except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, timeout, not JSON
-                reason = str(error) or type(error).__name__
+                wait = _asked_to_wait(error.headers.get("Retry-After", "")) or wait
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+                reason = str(error) or type(error).__name__  # no connection, timeout, not JSON
             except (KeyError, IndexError, TypeError) as error:
                 raise JudgeFailed(f"the judge at {self.url} doesn't answer as a chat endpoint ({error!r})") from error
-            if attempt < self.attempts:
-                time.sleep(min(wait, _LONGEST_WAIT_S))
-                wait *= 2
+            if attempt < self.attempts and stopped.wait(min(wait, _LONGEST_WAIT_S)):
+                break
+            wait *= 2
         raise JudgeFailed(f"the judge at {self.url} gave no answer in {self.attempts} attempts ({reason})")
 
     def _post(self, body: dict[str, Any]) -> Any:
@@ -130,9 +170,22 @@ def _key() -> str:
     return key
 
 
-def _asked_to_wait(error: urllib.error.HTTPError) -> float | None:
-    """Seconds that the server asks for; None where it doesn't, or names a date."""
+def _detail(error: urllib.error.HTTPError) -> str:
     try:
-        return float(error.headers.get("Retry-After", ""))
+        return " ".join(error.read(500).decode("utf-8", "replace").split())  # in a line
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _asked_to_wait(retry_after: str) -> float | None:
+    """Seconds that a server asks for, as a number or as the date until which to wait (RFC 9110, section 10.2.3); None
+    where it doesn't say, or means the past.
+    """
+    try:
+        seconds = float(retry_after)
     except ValueError:
-        return None
+        try:
+            seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return seconds if seconds > 0 else None

@@ -7,9 +7,10 @@ which gets the user's turn and the answer to it, and gives scores by name. The f
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_amopo.errors import ConfigError, DataError
@@ -39,17 +40,15 @@ class Rules:
         if not callable(function):
             raise ConfigError(f"--scorer rules:{path}: has no function {FUNCTION}(prompt, answer)")
         self.function = function
+        self.identity = {"rules": hashlib.sha256(path.read_bytes()).hexdigest()}
 
-    def score(self, answers: Sequence[Answered], done: Callable[[int], object]) -> list[Score]:
-        """Raises DataError naming the answer on which the rules fail."""
-        scores = []
-        for each in answers:
+    def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Score]]:
+        """In order. Raises DataError naming the answer on which the rules fail."""
+        for place, each in enumerate(answers):
             try:
                 found = {str(name): float(value) for name, value in self.function(each.prompt, each.answer).items()}
             except Exception as error:  # the rules' own
                 raise DataError(
-                    f"{self.path} fails on the answer to {each.id!r}, turn {each.turn}: {error!r}"
+                    f"{self.path} fails on the answer to {each.id!r} ({each.where}), turn {each.turn}: {error!r}"
                 ) from error
-            scores.append(Score(found))
-            done(1)
-        return scores
+            yield place, Score.of(found)

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_amopo.sampling.answered import Answered
 
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one answer, by name; none where the scorer came to no verdict. `said` is what a judge wrote."""
+    """Scores of one answer, by name. Where some or all are lacking, `reason` says why; `said` is what a judge wrote."""
 
     scores: Mapping[str, float]
     said: str | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> Score:
+        """Those of the values that are finite numbers: JSON has no others, and a mean of others says nothing."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        others = [f"{name} is {value}" for name, value in values.items() if name not in finite]
+        return cls(finite, reason=", ".join(others) or (None if finite else "the scorer gave none"))
 
 
 class Scorer(Protocol):
-    """`done` is called with a number of answers whenever so many more are scored."""
+    """`identity` are the settings that scores depend on, as JSON holds them: with others they can't be taken up."""
 
-    def score(self, answers: Sequence[Answered], done: Callable[[int], object]) -> list[Score]:
-        """One score for each answer."""
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+
+    def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Score]]:
+        """Each answer's place in `answers` and its score, in any order, as soon as it is there."""
 
 
 @dataclass(frozen=True)
