@@ -12,7 +12,7 @@ import contextlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +60,15 @@ class ModelSlice:
         whole = QWEN2_5_0_5B if config_file is None else json.loads(config_file.read_text(encoding="utf-8"))
         if whole.get("model_type") != "qwen2":
             raise ConfigError(f"--config {config_file}: model_type is {whole.get('model_type')}; expected qwen2")
+        return cls.part(whole, parts)
+
+    @classmethod
+    def part(cls, whole: Mapping[str, Any], parts: int) -> "ModelSlice":
+        """Of the model that has the sizes ``whole``, by config.json's names.
+
+        Raises:
+            ConfigError: ``parts`` doesn't divide its layers.
+        """
         layers = whole["num_hidden_layers"]
         if parts < 1 or layers % parts:
             raise ConfigError(f"--parts {parts} does not divide the model's {layers} layers")
@@ -99,7 +108,7 @@ class Models:
     vocab_size: int
     cp_group: dist.ProcessGroup
     transformer_impl: str  # whose layers Megatron's model has: "local" or "transformer_engine"
-    build_megatron: Callable[[], torch.nn.Module]
+    build_megatron: Callable[..., torch.nn.Module]  # another, on the device; takes fields of its TransformerConfig
 
     def frozen_copy(self) -> torch.nn.Module:
         """Another model with Megatron's weights, as a reference model would be kept."""
@@ -140,20 +149,27 @@ def both_models(model_slice: ModelSlice, *, dtype: torch.dtype = torch.float32, 
             shape = megatron_arguments(hf_config)
             vocab_size = shape["vocab_size"]
             padded = -(-vocab_size // 128) * 128
-            config = transformer_config(
-                shape, params_dtype=dtype, bf16=dtype == torch.bfloat16, transformer_impl=_layers(dtype)
-            )
+            options: dict[str, Any] = {
+                "params_dtype": dtype,
+                "bf16": dtype == torch.bfloat16,
+                "transformer_impl": _layers(dtype),
+            }
             model_shape = ModelShape.of(shape, rope_scaling(hf_config), padded_vocab_size=padded)
-            model = build_model(config, model_shape)
+
+            def build(**changes: Any) -> Any:
+                model = build_model(transformer_config(shape, **{**options, **changes}), model_shape)
+                return model.to(here, dtype).train()
+
+            model = build()
             state = {name: value for name, value in model.sharded_state_dict().items() if "_extra_state" not in name}
             model.load_state_dict(dist_checkpointing.load(state, str(megatron / "release")), strict=False)
         yield Models(
             transformers=reference.to(here, dtype).train(),
-            megatron=model.to(here, dtype).train(),
+            megatron=model,
             vocab_size=vocab_size,
             cp_group=mpu.get_context_parallel_group(),
-            transformer_impl=config.transformer_impl,
-            build_megatron=lambda: build_model(config, model_shape).to(here, dtype),
+            transformer_impl=options["transformer_impl"],
+            build_megatron=build,
         )
     finally:
         parallel_state.destroy_model_parallel()
@@ -182,10 +198,16 @@ def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
 class OurStep:
     """Forward pass and loss as training computes them (``training/step.py``)."""
 
-    def __init__(self, models: Models, dimensions: tuple[str, ...], objective: ObjectiveConfig = PUBLISHED):
+    def __init__(
+        self,
+        models: Models,
+        dimensions: tuple[str, ...],
+        objective: ObjectiveConfig = PUBLISHED,
+        model: torch.nn.Module | None = None,
+    ):
         from megatron_amopo.training.arguments import RunConfig
 
-        self._models = models
+        self._models, self._model = models, model or models.megatron
         # What the loss reads of a run's configuration.
         self._config = cast(RunConfig, SimpleNamespace(dimensions=dimensions, objective=objective))
 
@@ -196,5 +218,5 @@ class OurStep:
         from megatron_amopo.training.step import loss_and_metrics
 
         part = split_batch(batch, rank=0, size=1).to(device.current_device())
-        logps = forward_logps(self._models.megatron, part.batch, vocab_size=self._models.vocab_size)
+        logps = forward_logps(self._model, part.batch, vocab_size=self._models.vocab_size)
         return loss_and_metrics(part, self._models.cp_group, self._config, (), logps)[0]

@@ -11,7 +11,7 @@
 #
 # Everything under "Variables" can be set from outside, e.g. PRECISION=fp8 GLOBAL_BATCH=128 examples/qwen2.5_32b.sh …;
 # DRY_RUN=1 prints the commands and starts nothing. docs/clusters.md explains, docs/cards/qwen2.5_32b.md says what has
-# been tried: no GPU so far. FP8 is still refused at start, by the flag's name.
+# been tried: no GPU so far, in neither precision.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=cluster/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster/common.sh"

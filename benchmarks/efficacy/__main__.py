@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_amopo.errors import ConfigError
 
     output = options.output.resolve()
-    if options.report_only and not output.is_dir():
+    if options.report_only and not (output / "study.json").is_file():
         parser.error(f"--report-only: there is no study at {options.output}")
     try:
         claim_folder(output)

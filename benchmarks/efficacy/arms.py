@@ -4,11 +4,13 @@ To study another method, add a row to :data:`ARMS`; to check another claim, one 
 
 **Equal compute.** Every arm takes the same number of optimizer steps on the same number of pairs, a record under one
 prompt being a pair: with D prompts a step reads 48/D records. The records are the same for all, so an arm with one
-prompt sees each of them four times as often as one with four. Prompts are of nearly the same length.
+prompt sees each of them four times as often as one with four; only MODPO does without those that tie on its trained
+objective. Prompts are of nearly the same length.
 
 **Settings.** A setting is a learning rate and the hyperparameters of the pair loss. Each arm gets the one, of the
 same grid, with the highest mean score on requests of their own under a seed of its own; the larger size chooses the
-learning rate again and takes over the hyperparameters. Arms that change only AMoPO's weights or prompts take AMoPO's.
+learning rate again and takes over the hyperparameters. Arms that only take AMoPO apart, and of which nothing is
+claimed, take AMoPO's.
 """
 
 from collections.abc import Mapping
@@ -139,7 +141,7 @@ ARMS = (
     Arm("orpo", "ORPO", pairwise="orpo", prompts=1),
     Arm("dpo", "DPO", pairwise="dpo", prompts=1),
     Arm("modpo", "MODPO", pairwise="modpo", prompts=1, data="ordered"),
-    Arm("uniform", "AMoPO, equal weights", weighting="uniform", setting_of=AMOPO),
+    Arm("uniform", "AMoPO, equal weights", weighting="uniform"),
     Arm("three", "AMoPO, 3 prompts", prompts=3),
     Arm("two", "AMoPO, 2 prompts", prompts=2),
     Arm("mean", "AMoPO, weights without noise", weighting="mean", setting_of=AMOPO),

@@ -62,7 +62,8 @@ def compute(study: Study) -> str:
     return f"""## Compute
 
 The rule: every method takes {STEPS} optimizer steps on {PAIRS_PER_STEP} pairs each, a pair being a record under one
-prompt. A method with one prompt therefore sees the same {RECORDS} records four times as often as AMoPO. Tokens and
+prompt. A method with one prompt therefore sees the same {RECORDS} records four times as often as AMoPO; MODPO has
+fewer of them, since records that tie on its trained objective have no order to learn. Tokens and
 operations are those of one run, means over seeds; methods with a reference model compute its log-probabilities on top.
 Four times the same prompt is computed once, which is why that arm takes fewer tokens.
 
@@ -93,8 +94,10 @@ def tuning(output: Path) -> str:
 
 The learning rate and the pair loss's hyperparameters (published, or a larger β) are those with the highest mean score
 on {TUNING_REQUESTS} other requests under a seed of its own, which no other run has. The large size chooses among the
-same learning rates and takes over the hyperparameters. Arms that aren't listed change only AMoPO's weights or prompts,
-and take AMoPO's. The scores say how much a method depends on its setting:
+same learning rates and takes over the hyperparameters. Arms that aren't listed take AMoPO apart, have no claim made of
+them, and take AMoPO's. One seed tunes: settings that differ by little were chosen among by chance. The highest learning
+rate was added to the grid when methods chose the one below it, before any run that counts. The scores say how much a
+method depends on its setting:
 
 {markdown_table(header, rows)}"""
 
@@ -126,6 +129,7 @@ def method(output: Path, study: Study) -> str:
         f"on {name} in {np.mean([share[name] for share in shares]):.0%}" for name in DIMENSIONS if shares
     )
     sizes = ", ".join(f"{facts['parameters']:,} weights ({size})" for size, facts in _starts(output, study).items())
+    bias = _hypervolume_bias(study)
     published = "; ".join(
         f"{loss}: " + " or ".join(", ".join(f"{name} {value:g}" for name, value in each.items()) for each in values)
         for loss, values in HYPERPARAMETERS.items()
@@ -147,14 +151,29 @@ combinations of asked words occurs in training, drawing the same random numbers.
 take turns with the seed.
 
 **Figures.** Mean: over dimensions and requests, under the general prompt, as is the win rate (higher total of the two
-answers to a request, ties as half). Worst dimension: the lowest of the three means. Hypervolume: the share of all
-vectors of mean scores that the model reaches or exceeds under some of sixteen prompts (the general one, and each
-dimension's asking for each score); every method is measured under all of them.
+answers to a request, ties as half). Where methods differ most in one dimension, the mean mostly says how they differ
+there: see the worst dimension, the lowest of the three means, beside it. Hypervolume: the share of all vectors of mean
+scores that the model reaches or exceeds under some of sixteen prompts (the general one, and each dimension's asking for
+each score); every method is measured under all of them. Noise in those means can only add to a union of boxes: {bias}
+
+**Fewer dimensions** are fewer prompts: the general prompt, which names all dimensions, is always among them, and the
+chosen answer is the better one over all dimensions whatever the prompts. What is left out is a dimension's own prompt.
 
 **Statistics.** The unit is the seed. Intervals are Student's t over seeds, {len(SEEDS)} when all are in; differences
 are taken within seeds, and over both sizes within a seed first, since its sizes share their data. Claims were fixed
 before any run (`arms.py`), and are adjusted together by Holm's method; all other intervals are not adjusted.
 """
+
+
+def _hypervolume_bias(study: Study) -> str:
+    if not study.runs:
+        return "how much, runs will say."
+    own = np.mean([run.volume for run in study.runs.values()])
+    halves = np.mean([run.volume_of_halves for run in study.runs.values()])
+    return (
+        f"from half of the answers it comes out {halves - own:+.3f} higher on average ({halves:.3f} for {own:.3f}), so "
+        "small differences between methods that reach differently far apart under their prompts mean nothing."
+    )
 
 
 def _starts(output: Path, study: Study) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from benchmarks.efficacy.task import HIGHEST, LOWEST
 
 ARM_NAMES = (START, *(arm.name for arm in ARMS))
 SIGNIFICANT = 0.05
-LEAST_SEEDS = 5  # of a size, for a verdict: looking again after every seed would find what isn't there
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,13 @@ class Outcomes:
         """Hypervolume that the model reaches with its sixteen prompts: the share of all mean scores, each dimension's
         1-5 as 0-1, that some prompt's mean scores are at least as good as.
         """
-        dimensions = self.asked.shape[-1]
-        points = np.concatenate([self.means[None], self.asked.mean(axis=2).reshape(-1, dimensions)])
-        return hypervolume((points - LOWEST) / (HIGHEST - LOWEST))
+        return _volume(self.general, self.asked)
+
+    @cached_property
+    def volume_of_halves(self) -> float:
+        """The mean of the hypervolumes that each half of the answers gives alone: higher by what noise adds."""
+        parts = (slice(None, None, 2), slice(1, None, 2))
+        return float(np.mean([_volume(self.general[part], self.asked[:, :, part]) for part in parts]))
 
     @cached_property
     def obeyed(self) -> np.ndarray:
@@ -86,6 +89,11 @@ class Outcomes:
         """Share of requests on which the total score is higher than another run's, ties as half."""
         ours, theirs = self.general.sum(axis=1, dtype=int), other.general.sum(axis=1, dtype=int)
         return float((ours > theirs).mean() + (ours == theirs).mean() / 2)
+
+
+def _volume(general: np.ndarray, asked: np.ndarray) -> float:
+    points = np.concatenate([general.mean(axis=0)[None], asked.mean(axis=2).reshape(-1, asked.shape[-1])])
+    return hypervolume((points - LOWEST) / (HIGHEST - LOWEST))
 
 
 Figure = Callable[[Outcomes], float]
@@ -135,13 +143,15 @@ class Study:
         shares = [self.runs[size, arm, seed].wins_against(self.runs[size, other, seed]) - 0.5 for seed in seeds]
         return estimate(shares) if shares else None
 
-    def decisive_sizes(self, arrow: Arrow) -> list[str]:
-        """Those with enough seeds for a verdict."""
-        return [size for size in self.sizes if len(self.seeds(size, arrow.better, arrow.worse)) >= LEAST_SEEDS]
+    def compares(self, arrow: Arrow) -> bool:
+        """Whether every planned run of both arms is in. A verdict waits for them: looking again after every seed would
+        find what isn't there.
+        """
+        return all(self.seeds(size.name, arrow.better, arrow.worse) == list(SEEDS) for size in SIZES)
 
     def compared_sizes(self, arrow: Arrow) -> list[str]:
-        """Those to estimate a difference over: with enough seeds for a verdict, or while there are none, with any."""
-        return self.decisive_sizes(arrow) or [s for s in self.sizes if self.seeds(s, arrow.better, arrow.worse)]
+        """Those at which both arms have runs of a seed."""
+        return [size for size in self.sizes if self.seeds(size, arrow.better, arrow.worse)]
 
     def difference(self, arrow: Arrow, figure: Figure, sizes: Sequence[str]) -> Estimate | None:
         """``better`` − ``worse``, paired within seeds. Over several sizes a seed counts with their mean, once, as its
@@ -160,17 +170,16 @@ class Study:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the study says of a claimed arrow, by the mean score over the sizes that have enough seeds."""
+    """What the study says of a claimed arrow, by the mean score over all sizes."""
 
     arrow: Arrow
-    sizes: tuple[str, ...]  # that it rests on; without any it is too early, and the estimate of what is there
-    estimate: Estimate | None
-    p: float  # adjusted by Holm over all arrows; NaN where it is too early
+    estimate: Estimate | None  # from what is there
+    p: float  # adjusted by Holm over all arrows; NaN while runs are missing
 
     @property
     def word(self) -> str:
         """``holds``, ``fails`` (the opposite is found), ``not decided at this size``, or ``too early``."""
-        if not self.sizes or self.estimate is None:
+        if self.estimate is None or math.isnan(self.p):
             return "too early"
         if self.p >= SIGNIFICANT:
             return "not decided at this size"
@@ -179,10 +188,10 @@ class Verdict:
 
 def verdicts(study: Study) -> list[Verdict]:
     """On every claimed arrow. Those for which it is too early count in the adjustment all the same."""
-    sizes = [study.decisive_sizes(arrow) for arrow in ARROWS]
     found = [study.difference(arrow, lambda run: run.mean, study.compared_sizes(arrow)) for arrow in ARROWS]
-    p_values = [each.p if own and each is not None else 1.0 for each, own in zip(found, sizes, strict=True)]
+    complete = [study.compares(arrow) for arrow in ARROWS]
+    p_values = [each.p if all_in and each is not None else 1.0 for each, all_in in zip(found, complete, strict=True)]
     return [
-        Verdict(arrow, tuple(own), each, p if own else math.nan)
-        for arrow, own, each, p in zip(ARROWS, sizes, found, holm(p_values), strict=True)
+        Verdict(arrow, each, p if all_in else math.nan)
+        for arrow, each, all_in, p in zip(ARROWS, found, complete, holm(p_values), strict=True)
     ]

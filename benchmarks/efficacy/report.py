@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.efficacy import conditions, plots
 from benchmarks.efficacy.arms import AMOPO, ASKED_REQUESTS, BY_NAME, SEEDS, SIMPO, SIZES, START, Arrow
-from benchmarks.efficacy.outcomes import ARM_NAMES, LEAST_SEEDS, Figure, Outcomes, Study, Verdict, verdicts
+from benchmarks.efficacy.outcomes import ARM_NAMES, Figure, Outcomes, Study, Verdict, verdicts
 from benchmarks.efficacy.statistics import Estimate
 from benchmarks.efficacy.task import DIMENSIONS
 from benchmarks.support import markdown_table, write_results
@@ -108,20 +108,19 @@ def _verdicts(study: Study, found: Sequence[Verdict]) -> str:
         [
             claim(verdict.arrow),
             f"**{verdict.word}**",
-            " and ".join(verdict.sizes) or "–",
             interval(verdict.estimate, "+.2f"),
             p_value(verdict),
             *(interval(study.difference(verdict.arrow, FIGURES["mean"], [size]), "+.2f") for size in sizes),
         ]
         for verdict in found
     ]
-    header = ["claim", "verdict", "sizes", "difference", "p (Holm)", *(f"{size} alone" for size in sizes)]
+    header = ["claim", "verdict", "difference", "p (Holm)", *(f"{size} alone" for size in sizes)]
     return f"""## Verdicts
 
 Differences of the mean score (1–5, over {", ".join(DIMENSIONS)}) of answers under the general prompt, with 95 %
 intervals. *Holds*: p < 0.05 after Holm's adjustment over all {len(found)} claims, in the claimed direction;
 *fails*: the same in the opposite direction; otherwise *not decided at this size*, and the interval says how large an
-advantage there may still be. With fewer than {LEAST_SEEDS} seeds at every size it is *too early*.
+advantage there may still be. Until all runs of both methods are in it is *too early*.
 
 {markdown_table(header, rows)}"""
 
@@ -214,7 +213,6 @@ def _data(output: Path, study: Study, found: Sequence[Verdict]) -> dict[str, Any
                 "better": verdict.arrow.better,
                 "worse": verdict.arrow.worse,
                 "verdict": verdict.word,
-                "sizes": verdict.sizes,
                 "p_holm": None if math.isnan(verdict.p) else verdict.p,
                 "difference": None if verdict.estimate is None else _finite(vars(verdict.estimate)),
             }

@@ -9,9 +9,11 @@ run in ``runs`` has.
 import json
 import os
 import shutil
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from benchmarks.efficacy.arms import (
 )
 from benchmarks.efficacy.sampling import Sampler
 from benchmarks.efficacy.seeds import read_requests, seed_folder, start_folder
+from megatron_amopo import __version__
 
 WARMUP_STEPS = 5
 COMMON_FLAGS = (
@@ -68,11 +71,14 @@ def settings(output: Path, size: str, arm: Arm) -> list[Setting]:
 def chosen_setting(output: Path, size: str, arm: Arm) -> Setting:
     """The setting with the highest mean score on the tuning requests, of equal ones the first."""
     tuned = BY_NAME[arm.tunes_as]
-    scores = [
-        json.loads(tuning_file(output, size, tuned.name, number).read_text(encoding="utf-8"))["mean"]
-        for number in range(number_of_settings(size, tuned))
-    ]
-    return settings(output, size, tuned)[scores.index(max(scores))]
+    tried = settings(output, size, tuned)
+    files = [tuning_file(output, size, tuned.name, number) for number in range(len(tried))]
+    facts = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for setting, file, found in zip(tried, files, facts, strict=True):
+        of_file = Setting(found["learning_rate"], found["hyperparameters"])
+        assert of_file == setting, f"{file} is of {of_file.name}, not of {setting.name}"
+    scores = [found["mean"] for found in facts]
+    return tried[scores.index(max(scores))]
 
 
 def tune(output: Path, size: str, arm: str, number: int) -> None:
@@ -90,6 +96,7 @@ def tune(output: Path, size: str, arm: str, number: int) -> None:
         "means": scores.mean(axis=0).tolist(),
         "examples": answers[:EXAMPLES],
         "seconds": time.monotonic() - begun,
+        "code": code_version(),
     }
     write_whole(tuning_file(output, size, arm, number), json.dumps(facts) + "\n")
 
@@ -120,8 +127,20 @@ def run(output: Path, size: str, arm: str, seed: int) -> None:
         "asked": digits(asked),
         "examples": answers[:EXAMPLES],
         "seconds": time.monotonic() - begun,
+        "code": code_version(),
     }
     write_whole(run_file(output, size, arm, seed), json.dumps(facts) + "\n")
+
+
+@cache
+def code_version() -> str:
+    """The commit of this checkout, with ``-dirty`` where files differ from it; without git, the version."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return __version__
 
 
 def digits(scores: np.ndarray) -> dict[str, Any]:
@@ -138,23 +157,34 @@ def _train(
     output: Path, size: str, arm: Arm, seed: int, setting: Setting, scratch: Path
 ) -> tuple[Path, dict[str, float]]:
     """The aligned model as a Hugging Face folder, and the metrics of its last steps."""
-    from megatron_amopo.certification.observed_run import metrics, train
+    from megatron_amopo.certification.observed_run import metrics
     from megatron_amopo.checkpoint.convert import megatron_to_hf
 
-    paths = {
-        "--amopo-data": seed_folder(output, seed) / arm.data,
-        "--pretrained-checkpoint": start_folder(output, seed, size) / "megatron",
-        "--save": scratch / "checkpoint",
-    }
-    flags = [word for flag, path in paths.items() for word in (flag, str(path))]
-    # Megatron wants a seed above 0.
-    train([*flags, *arm.flags(seed, setting), *COMMON_FLAGS, "--seed", str(1 + seed)], want_tensors=False)
-    megatron_to_hf(scratch / "checkpoint", scratch / "hf")
-    last = metrics(scratch / "checkpoint")[-1]
+    checkpoint = train_arm(output, size, arm, seed, setting, scratch)
+    megatron_to_hf(checkpoint, scratch / "hf")
+    last = metrics(checkpoint)[-1]
     kept = {
         name: value for name, value in last.items() if name.split("/")[0] in ("loss", "margin", "accuracy", "weight")
     }
     return scratch / "hf", kept
+
+
+def train_arm(
+    output: Path, size: str, arm: Arm, seed: int, setting: Setting, scratch: Path, further: Sequence[str] = ()
+) -> Path:
+    """Train an arm, with ``further`` flags; the run's folder, within ``scratch``."""
+    from megatron_amopo.certification.observed_run import train
+
+    checkpoint = scratch / "checkpoint"
+    paths = {
+        "--amopo-data": seed_folder(output, seed) / arm.data,
+        "--pretrained-checkpoint": start_folder(output, seed, size) / "megatron",
+        "--save": checkpoint,
+    }
+    flags = [word for flag, path in paths.items() for word in (flag, str(path))]
+    # Megatron wants a seed above 0.
+    train([*flags, *arm.flags(seed, setting), *COMMON_FLAGS, "--seed", str(1 + seed), *further], want_tensors=False)
+    return checkpoint
 
 
 def _cost(output: Path, size: str, arm: Arm, seed: int) -> Any:

@@ -62,8 +62,8 @@ def claim_folder(output: Path) -> None:
     """Make the folder of a study, or check that it is one of this very study.
 
     Raises:
-        ConfigError: its runs were made under other constants, and can't be compared with those to come. More seeds
-            make no other study.
+        ConfigError: its runs were made under other constants, and can't be compared with those to come; or it is no
+            study's folder.
     """
     constants = {
         module.__name__: {name: value for name, value in vars(module).items() if _is_constant(name)}
@@ -72,13 +72,15 @@ def claim_folder(output: Path) -> None:
     text = json.dumps(constants, indent=1, default=_as_json)
     file = output / "study.json"
     if not file.exists():
+        if output.is_dir() and any(output.iterdir()):
+            raise ConfigError(f"--output {output}: the folder holds other files, and no study; name a new one")
         write_whole(file, text)
     elif file.read_text(encoding="utf-8") != text:
         raise ConfigError(f"--output {output}: {file.name} says that its runs are of another study; name a new folder")
 
 
 def _is_constant(name: str) -> bool:
-    return name.isupper() and not name.startswith("_") and name != "SEEDS"
+    return name.isupper() and not name.startswith("_")
 
 
 def _as_json(value: Any) -> Any:
@@ -154,7 +156,7 @@ def work(jobs: Sequence[Job], *, workers: int, minutes: float | None) -> Progres
             worker starts one.
 
     Raises:
-        RuntimeError: a job failed; others that were under way have been finished.
+        RuntimeError: a job failed, which it names; others that were under way have been finished.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     seconds = Seconds.measured(jobs)
@@ -178,7 +180,8 @@ def work(jobs: Sequence[Job], *, workers: int, minutes: float | None) -> Progres
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 job, pool, begun = running.pop(future)
-                future.result()
+                if (error := future.exception()) is not None:
+                    raise RuntimeError(f"{' '.join(job.kind)} {job.makes.stem} failed: {error}") from error
                 seconds.add(job.kind, time.monotonic() - begun)
                 idle.append(pool)
                 bar.update()

@@ -29,6 +29,7 @@ _MARK = "<!-- written by tools/report.py of megatron-amopo -->"
 _CONFIG = "config.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _NOT_SETTINGS = ("--amopo-data", "reference")  # of run.json
+_STARTING_MODEL = ("amopo_hf_model", "pretrained_checkpoint")  # Megatron's arguments that name a folder
 _QUESTION = "Why is the sky blue?"
 #: Megatron's arguments that belong to the method, and what to call them.
 _HYPERPARAMETERS = {
@@ -121,9 +122,14 @@ def _header(run: Run, base_model: str | None) -> dict[str, Any]:
 
 
 def _recorded_base(run: Run) -> str | None:
-    """The starting model's name, where the run recorded one that isn't a path on this machine."""
+    """The starting model's name, where the run recorded one that isn't a path on this machine: neither a folder that is
+    here nor the one that the run was started from.
+    """
     name = run.model.get("_name_or_path")
-    return name if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not Path(name).exists() else None
+    if not isinstance(name, str) or not _HUB_NAME.fullmatch(name) or Path(name).exists():
+        return None
+    started_from = {start.arguments.get(flag) for start in run.starts for flag in _STARTING_MODEL}
+    return None if name in started_from else name
 
 
 def _example(prompts: ModelPrompts) -> str:
@@ -150,7 +156,8 @@ def _offers_prompts(model: Path) -> bool:
 def _cell(value: Any) -> Markup:
     """Text for a table's cell, or in a line: no markup of HTML or Markdown, no line's end."""
     text = " ".join(str(value).split())
-    return Markup(re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", str(escape(text))))
+    # In this order: an entity of HTML holds a character of Markdown.
+    return Markup(escape(re.sub(r"([\\`*_{}\[\]|#~$])", r"\\\1", text)))
 
 
 def _block(text: str, language: str = "") -> Markup:

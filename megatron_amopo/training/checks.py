@@ -34,6 +34,7 @@ _LEAST = {
     "amopo_seed": 0,
     "amopo_epochs": 1,
     "amopo_conflict_interval": 1,
+    "amopo_fp8_check_interval": 1,
     "amopo_head_buffer_mib": 1,
 }
 

@@ -108,6 +108,17 @@ class Recorder:
         )
         self._console.print(f"step {iteration}/{self.total_steps} | gradient cosines: {cosines}", soft_wrap=True)
 
+    def fp8(self, iteration: int, figures: Mapping[str, float], seconds: float) -> None:
+        """Take the FP8 check's figures before one step, a split of their own; its time doesn't count as training."""
+        self._paused += seconds
+        self._write("fp8", iteration, figures)
+        flips = " ".join(f"{name} {100 * figures[f'flipped/{name}']:.1f}" for name in self.dimensions)
+        self._console.print(
+            f"step {iteration}/{self.total_steps} | FP8 moves log p by {figures['logp_difference']:.4f} nats/token on "
+            f"average, {figures['logp_difference_max']:.3f} at most; flipped margins (%): {flips}",
+            soft_wrap=True,
+        )
+
     def validation(
         self, iteration: int, metrics: Mapping[str, Tensor], seconds: float, leakage: LeakageMatrix | None = None
     ) -> None:

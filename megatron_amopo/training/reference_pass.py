@@ -8,26 +8,23 @@ Shapes: N records of a split, D dimensions, 2 sides (chosen, rejected), n respon
 
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training import print_rank_0
 from torch import Tensor
 
 from megatron_amopo import device
 from megatron_amopo.data.batching import GroupBatch, MicroBatches, SampleOrder
 from megatron_amopo.data.dataset import PreparedGroups
-from megatron_amopo.model.builder import forward_logps
-from megatron_amopo.model.context_parallel import BatchPart, gather_logps, split_batch
 from megatron_amopo.objectives.statistics import response_statistics
 from megatron_amopo.training.arguments import RunConfig, micro_batch_size_within_budget
+from megatron_amopo.training.forward_only import forward_only
 
 _REPORT_S = 20.0
 
@@ -71,30 +68,22 @@ def reference_logps(
     sums = torch.zeros(len(groups), len(groups.dimensions), 2)
     times_seen = torch.zeros(len(groups), dtype=torch.int64)
     by_id = np.argsort(groups.record_ids, kind="stable")
-    forward = get_forward_backward_func()
     progress = _Progress(groups.split, len(groups))
-    for chunk in model:
-        chunk.eval()
-    with torch.no_grad():
-        for start in range(0, len(groups), args.global_batch_size):
-            results = forward(
-                forward_step_func=partial(_forward_step, config),
-                data_iterator=iterators if len(model) > 1 else iterators[0],
-                model=list(model),
-                num_microbatches=num_micro_batches,
-                seq_length=args.seq_length,
-                micro_batch_size=micro_batch_size,
-                decoder_seq_length=args.decoder_seq_length,
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-            for record_ids, sums_of_batch in results:
-                indices = by_id[np.searchsorted(groups.record_ids, record_ids.cpu().numpy(), sorter=by_id)]
-                sums[indices] = sums_of_batch.cpu()
-                times_seen[indices] += 1
-            progress.report(min(start + args.global_batch_size, len(groups)))
-    for chunk in model:
-        chunk.train()
+    for start in range(0, len(groups), args.global_batch_size):
+        results = forward_only(
+            model,
+            iterators,
+            args,
+            config,
+            num_micro_batches=num_micro_batches,
+            micro_batch_size=micro_batch_size,
+            collect=_response_sums,
+        )
+        for record_ids, sums_of_batch in results:
+            indices = by_id[np.searchsorted(groups.record_ids, record_ids.cpu().numpy(), sorter=by_id)]
+            sums[indices] = sums_of_batch.cpu()
+            times_seen[indices] += 1
+        progress.report(min(start + args.global_batch_size, len(groups)))
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return None
     # Each rank has its own records and zeros, so the sum is exact.
@@ -105,24 +94,10 @@ def reference_logps(
     return whole.cpu().numpy()
 
 
-def _forward_step(config: RunConfig, data_iterator: Iterator[GroupBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    """Megatron's forward step."""
-    cp_group = mpu.get_context_parallel_group()
-    part = split_batch(next(data_iterator), rank=cp_group.rank(), size=cp_group.size()).to(device.current_device())
-    own_logps = forward_logps(
-        model, part.batch, vocab_size=config.vocab_size, buffer_bytes=config.head_buffer_mib * 2**20
-    )
-    return own_logps, partial(_response_sums, part, cp_group)
-
-
-def _response_sums(
-    part: BatchPart, cp_group: dist.ProcessGroup, own_logps: Tensor, *, non_loss_data: bool
-) -> tuple[Tensor, Tensor]:
+def _response_sums(batch: GroupBatch, logps: Tensor) -> tuple[Tensor, Tensor]:
     """Of a micro-batch: record ids ``[G]`` and Σ log p ``[G, D, 2]`` of the groups that count."""
-    assert non_loss_data, "this step has no loss"
-    stats = response_statistics(gather_logps(own_logps, part, cp_group), part.batch.lengths)
-    kept = part.batch.counted
-    return part.batch.record_ids[kept], stats.sum_logps[kept].float()
+    stats = response_statistics(logps, batch.lengths)
+    return batch.record_ids[batch.counted], stats.sum_logps[batch.counted].float()
 
 
 class _Progress:

@@ -20,7 +20,6 @@ _VALIDATION = "a validation pass is always the whole validation set"
 _CONTEXT = "all context-parallel ranks hold equal parts of each micro-batch"
 _UNTRIED = "it has not been tried"
 _SHAPE = "what the model computes is read from hf/config.json"
-_PRECISION = "it needs aligned token counts, which packing doesn't give yet"
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,8 @@ UNSUPPORTED = (
     Unsupported("mtp_num_layers", None, "--mtp-num-layers", "the objective is on the next token alone"),
     Unsupported("fp16", False, "--fp16", "use --bf16"),
     Unsupported("loss_scale", None, "--loss-scale", "bf16 needs none, and gradients would be recorded scaled"),
-    Unsupported("fp8", None, "--fp8-format", _PRECISION),
-    Unsupported("fp4", None, "--fp4-format", _PRECISION),
-    Unsupported("te_precision_config_file", None, "--te-precision-config-file", _PRECISION),
+    Unsupported("fp4", None, "--fp4-format", _UNTRIED),
+    Unsupported("te_precision_config_file", None, "--te-precision-config-file", _UNTRIED),
     Unsupported("attention_dropout", 0.0, "--attention-dropout", "packed attention has no dropout"),
     Unsupported("hidden_dropout", 0.0, "--hidden-dropout", "both responses of a pair must see the same model"),
     Unsupported(
@@ -98,8 +96,10 @@ SUPPORTED_MODEL_FLAGS = frozenset(
     """
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
     bf16 calculate_per_token_loss config_logger_dir context_parallel_size
-    distribute_saved_activations make_vocab_size_divisible_by
-    microbatch_group_size_per_vp_stage overlap_p2p_comm_warmup_flush perform_initialization
+    distribute_saved_activations first_last_layers_bf16 fp8 fp8_amax_compute_algo fp8_amax_history_len fp8_margin
+    fp8_recipe fp8_wgrad make_vocab_size_divisible_by
+    microbatch_group_size_per_vp_stage num_layers_at_end_in_bf16 num_layers_at_start_in_bf16
+    overlap_p2p_comm_warmup_flush perform_initialization
     pipeline_model_parallel_size recompute_granularity recompute_method recompute_modules recompute_num_layers
     sequence_parallel tensor_model_parallel_size transformer_impl use_cpu_initialization
     """.split()  # noqa: SIM905

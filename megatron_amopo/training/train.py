@@ -46,6 +46,8 @@ from megatron_amopo.data.model_prompts import ModelPrompts
 from megatron_amopo.errors import AmopoError
 from megatron_amopo.model.builder import build_model
 from megatron_amopo.training.arguments import RunConfig, open_validation, parse_arguments
+from megatron_amopo.training.fp8 import token_multiple
+from megatron_amopo.training.fp8_check import fp8_differences
 from megatron_amopo.training.hugging_face import export_last_step
 from megatron_amopo.training.ledger import LedgerFailed
 from megatron_amopo.training.multipliers import Multipliers, NoMultipliers
@@ -167,9 +169,7 @@ def _reading(config: RunConfig) -> dict[str, Any]:
         "dp_size": mpu.get_data_parallel_world_size(with_context_parallel=False),
         "noise_seed": config.noise_seed,
         "sharing": config.sharing,
-        # Context parallelism splits the tokens evenly, then sequence parallelism each rank's part.
-        "pad_to_multiple_of": args.context_parallel_size
-        * (args.tensor_model_parallel_size if args.sequence_parallel else 1),
+        "pad_to_multiple_of": token_multiple(args),
     }
 
 
@@ -307,13 +307,31 @@ class _OurHooks:
             forward_step, model, optimizer, scheduler, train_iterator, valid_iterator, process, config, *rest, **options
         )
 
-    def _train_step(self, *rest: Any, iteration: int, **options: Any) -> Any:
+    def _train_step(
+        self, forward_step: Any, iterator: Any, model: Any, *rest: Any, iteration: int, **options: Any
+    ) -> Any:
+        self._check_fp8(model, iteration + 1)
         self.observers.begin_step(iteration + 1)
-        result = self.original["train_step"](*rest, iteration=iteration, **options)
+        result = self.original["train_step"](forward_step, iterator, model, *rest, iteration=iteration, **options)
         conflict = self.observers.end_step(iteration + 1)
         if conflict is not None and (recorder := self._record()):
             recorder.conflict(iteration + 1, conflict)
         return result
+
+    def _check_fp8(self, model: Any, step: int) -> None:
+        interval = self.config.observers.fp8_check_interval
+        if interval is None or step % interval:
+            return
+        start = time.monotonic()
+        # In the first step after a start, the hooks that gather weights late aren't there yet.
+        gathered_late = bool(getattr(model[0], "remove_forward_pre_hook_handles", {}))
+        if gathered_late:
+            training.disable_forward_pre_hook(model)
+        figures = fp8_differences(model, get_args(), self.config, _reading(self.config))
+        if gathered_late:
+            training.enable_forward_pre_hook(model)
+        if figures is not None and (recorder := self._record()):
+            recorder.fp8(step, figures, time.monotonic() - start)
 
     def _training_log(
         self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *rest: Any, **options: Any

@@ -5,6 +5,7 @@ stopped, and its report says what the runs say.
 import itertools
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -167,11 +168,12 @@ def test_scores_survive_the_file():
 
 def test_the_best_setting_is_chosen_and_taken_over(tmp_path):
     amopo, small, large = BY_NAME[AMOPO], *(size.name for size in SIZES)
-    for number in range(len(grid(amopo))):
-        write_whole(tuning_file(tmp_path, small, AMOPO, number), json.dumps({"mean": 3.0 + (number == 4)}))
+    for number, setting in enumerate(grid(amopo)):
+        facts = {**vars(setting), "mean": 3.0 + (number == 4)}
+        write_whole(tuning_file(tmp_path, small, AMOPO, number), json.dumps(facts))
     best = grid(amopo)[4]
     assert chosen_setting(tmp_path, small, amopo) == best
-    assert chosen_setting(tmp_path, small, BY_NAME["uniform"]) == best
+    assert chosen_setting(tmp_path, small, BY_NAME["plain"]) == best
     assert {each.hyperparameters["beta"] for each in settings(tmp_path, large, amopo)} == {best.hyperparameters["beta"]}
 
 
@@ -189,6 +191,20 @@ class OneProcess:
 
     def run(self, job, _ranks, *arguments):
         job(*arguments)
+
+
+def test_a_tuning_file_of_another_setting_is_noticed(tmp_path):
+    small, amopo = SIZES[0].name, BY_NAME[AMOPO]
+    for number, setting in enumerate(grid(amopo)):
+        facts = {**vars(setting), "learning_rate": 0.1, "mean": 3.0}
+        write_whole(tuning_file(tmp_path, small, AMOPO, number), json.dumps(facts))
+    with pytest.raises(AssertionError, match=r"small-amopo-0\.json is of lr0\.1-beta"):
+        chosen_setting(tmp_path, small, amopo)
+
+
+def test_arms_of_a_claim_are_tuned_themselves():
+    for arrow in ARROWS:
+        assert {BY_NAME[name].setting_of for name in (arrow.better, arrow.worse)} == {None}
 
 
 def _touch(path, fail=False):
@@ -224,7 +240,7 @@ def test_finished_jobs_are_skipped(tmp_path, monkeypatch):
 def test_a_failed_job_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "RankPool", OneProcess)
     job = Job(("run", "small"), tmp_path / "x", (), _touch, (tmp_path / "x", True))
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RuntimeError, match="run small x failed: broken"):
         work([job], workers=1, minutes=None)
 
 
@@ -242,6 +258,25 @@ def test_another_studys_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.efficacy.arms.STEPS", STEPS + 1)
     with pytest.raises(ConfigError, match="another study"):
         claim_folder(tmp_path)
+
+
+def test_seeds_belong_to_the_study(tmp_path, monkeypatch):
+    """More of them, when the verdicts aren't liked, would make another one."""
+    claim_folder(tmp_path)
+    monkeypatch.setattr("benchmarks.efficacy.arms.SEEDS", (*SEEDS, 99))
+    with pytest.raises(ConfigError, match="another study"):
+        claim_folder(tmp_path)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for further in ([], ["--report-only"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--output", str(tmp_path), *further])
+    errors = capsys.readouterr().err
+    assert "holds other files, and no study" in errors
+    assert "--report-only: there is no study at" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def _write_runs(output, seeds, sizes, lifts, names=ARM_NAMES):
@@ -292,24 +327,28 @@ def test_verdicts_follow_the_runs(tmp_path):
     assert study.runs["small", AMOPO, 0].wins_against(study.runs["small", AMOPO, 0]) == 0.5
 
 
-def test_no_verdict_on_few_seeds(tmp_path):
-    _write_runs(tmp_path, SEEDS[:4], ["small", "large"], {AMOPO: 0.5})
-    assert {each.word for each in verdicts(Study.load(tmp_path))} == {"too early"}
-    # One size has enough by now, and the other doesn't hold it up.
+def test_no_verdict_before_all_planned_runs(tmp_path):
     _write_runs(tmp_path, SEEDS, ["small"], {AMOPO: 0.5})
-    found = verdicts(Study.load(tmp_path))[0]
-    assert (found.word, found.sizes, found.estimate.number) == ("holds", ("small",), len(SEEDS))
+    _write_runs(tmp_path, SEEDS[:-1], ["large"], {AMOPO: 0.5})
+    found = verdicts(Study.load(tmp_path))
+    assert {each.word for each in found} == {"too early"}
+    assert found[0].estimate.mean == pytest.approx(0.5, abs=0.1)
+    _write_runs(tmp_path, SEEDS[-1:], ["large"], {AMOPO: 0.5}, names=(AMOPO, "uniform"))
+    words = {(each.arrow.better, each.arrow.worse): each.word for each in verdicts(Study.load(tmp_path))}
+    assert words.pop((AMOPO, "uniform")) == "holds"
+    assert set(words.values()) == {"too early"}
 
 
 def test_report(tmp_path, capsys):
-    _write_runs(tmp_path, SEEDS[:2], ["small"], {AMOPO: 0.5})
     claim_folder(tmp_path)
+    _write_runs(tmp_path, SEEDS[:2], ["small"], {AMOPO: 0.5})
     assert main(["--output", str(tmp_path), "--report-only"]) == 0
     assert "AMoPO > DPO: too early" in capsys.readouterr().out
     page = (tmp_path / "report/README.md").read_text()
     assert "This is a part of the study: 32 of 192 runs" in page
     assert "2 of 6 seeds at the small size, 0 of 6 seeds at the large size" in page
     assert str(tmp_path) not in page
+    assert re.search(r"half of the answers it comes out \+0\.\d+ higher", page)  # the scores are all noise
     results = json.loads((tmp_path / "report/results.json").read_text())
     assert len(results["runs"]) == 32
     assert len(results["verdicts"]) == len(ARROWS)

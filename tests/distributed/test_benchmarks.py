@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import dimensions, methods, step
+from benchmarks import dimensions, methods, precision, step
 from benchmarks.support import Samples
 from tests.support.benchmark_files import make_benchmark_files
 
@@ -95,3 +95,22 @@ def difference(files):
         except ResultsDiffer as found:
             return str(found)
     return ""
+
+
+def test_precision(ranks, files, tmp_path):
+    flags = [*files.data_flags, "--config", str(files.config), "--records", "2", "--repetitions", "1"]
+    assert ranks.run(precision.main, 1, [*flags, "--peak-tflops", "1", "--output", str(tmp_path)]) == [0]
+    found = json.loads((tmp_path / "results.json").read_text())["shapes"]["config"]
+    assert list(found) == ["float32", "bf16"]
+    assert found["bf16"]["logp_difference"] == 0
+    assert 0 < found["float32"]["logp_difference"] < 0.1
+    assert found["float32"]["flops"] == found["bf16"]["flops"]
+    assert "of the bf16 peak" in (tmp_path / "README.md").read_text()
+
+
+def test_shapes_are_of_four_layers_that_every_recipe_takes():
+    for shape in precision.SHAPES.values():
+        config = shape.config
+        assert config["num_hidden_layers"] == 4
+        sizes = (config["hidden_size"], config["intermediate_size"], config["hidden_size"] * 3)
+        assert all(size % precision.PADDED_TO == 0 for size in sizes)

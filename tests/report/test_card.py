@@ -93,6 +93,25 @@ def test_a_recorded_base_model_is_named_only_as_the_hub_does(run: Path, model: P
         assert ModelCard.load(write_card(run, model)).data.base_model == expected
 
 
+@pytest.mark.parametrize("flag", ["amopo_hf_model", "pretrained_checkpoint"])
+def test_the_folder_that_the_run_started_from_is_no_hub_name(run: Path, model: Path, flag: str) -> None:
+    """``models/qwen`` looks like a name of the hub, and another machine hasn't the folder to tell it by."""
+    config = json.loads((run / "hf/config.json").read_text())
+    (run / "hf/config.json").write_text(json.dumps(config | {"_name_or_path": "models/qwen"}))
+    assert ModelCard.load(write_card(run, model)).data.base_model == "models/qwen"
+    starts = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    starts[0]["arguments"][flag] = "models/qwen"
+    (run / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    assert ModelCard.load(write_card(run, model)).data.base_model is None
+
+
+def test_a_quotation_mark_in_a_cell_is_one_on_the_page(tmp_path: Path, model: Path) -> None:
+    """Not an entity with its ``#`` escaped, which a browser shows as it stands."""
+    text = write_card(write_run(tmp_path / "run", ("general", "it's"), steps=2), model).read_text()
+    assert "it&#39;s" in text
+    assert "\\#" not in text
+
+
 def test_nothing_from_files_is_markup(tmp_path: Path, model: Path) -> None:
     names = ("general", "a|b", "<script>", "```\n# heading\n---")
     text = write_card(

@@ -44,3 +44,47 @@ def train_until_killed(flags: list[str], *, after_step: int, saved_step: int, pa
         except _KilledError:
             return
     raise AssertionError("the run came to its end")
+
+
+def train_with_fp8_check(flags: list[str], factor: float) -> None:
+    """A training run on the CPU whose FP8 check compares with a final norm of ``factor`` times the weight."""
+    from collections.abc import Iterator
+    from contextlib import contextmanager
+    from functools import partial
+    from typing import Any
+
+    from megatron.core.utils import unwrap_model
+
+    from megatron_amopo.certification.observed_run import train
+    from megatron_amopo.training import arguments
+    from megatron_amopo.training import train as training
+    from megatron_amopo.training.fp8_check import fp8_differences
+
+    @contextmanager
+    def other_arithmetic(model: Any) -> Iterator[None]:
+        norms = [chunk.decoder.final_layernorm for chunk in unwrap_model(list(model)) if chunk.post_process]
+        for norm in norms:
+            norm.weight.data *= factor
+        yield
+        for norm in norms:
+            norm.weight.data /= factor
+
+    check = partial(fp8_differences, in_bf16=other_arithmetic)
+    with patch.object(arguments, "check_fp8"), patch.object(training, "fp8_differences", check):
+        train(flags, want_tensors=False)
+
+
+def fp8_switched_off() -> tuple[list[str | None], list[str | None]]:
+    """The formats of a model's two chunks within :func:`without_fp8` that fails, and after it."""
+    from types import SimpleNamespace
+    from typing import Any
+
+    from megatron_amopo.training.fp8_check import without_fp8
+
+    chunks: list[Any] = [SimpleNamespace(decoder=SimpleNamespace(config=SimpleNamespace(fp8="hybrid"))) for _ in "ab"]
+    try:
+        with without_fp8(chunks):
+            within = [chunk.decoder.config.fp8 for chunk in chunks]
+            raise InterruptedError
+    except InterruptedError:
+        return within, [chunk.decoder.config.fp8 for chunk in chunks]

@@ -11,6 +11,7 @@ OFF = {
     "amopo_ledger": False,
     "amopo_leakage": False,
     "amopo_conflict_interval": None,
+    "amopo_fp8_check_interval": None,
     "save": "run",
     "skip_train": False,
     "train_iters": 10,
@@ -35,8 +36,8 @@ def test_a_conflict_interval_may_be_the_whole_run():
 
 
 def test_what_is_asked_for():
-    asked = read(amopo_ledger=True, amopo_leakage=True, amopo_conflict_interval=5)
-    assert asked == ObserverConfig(ledger=True, leakage_of=("quality", "style"), conflict_interval=5)
+    asked = read(amopo_ledger=True, amopo_leakage=True, amopo_conflict_interval=5, amopo_fp8_check_interval=2)
+    assert asked == ObserverConfig(True, ("quality", "style"), conflict_interval=5, fp8_check_interval=2)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,8 @@ def test_what_is_asked_for():
         ({"amopo_conflict_interval": 1, "skip_train": True}, "--amopo-conflict-interval is of training steps"),
         ({"amopo_conflict_interval": 1, "dimensions": ("quality",)}, "--amopo-conflict-interval compares dimensions"),
         ({"amopo_conflict_interval": 11}, "--amopo-conflict-interval 11 is more than the run's 10 steps"),
+        ({"amopo_fp8_check_interval": 11}, "--amopo-fp8-check-interval 11 is more than the run's 10 steps"),
+        ({"amopo_fp8_check_interval": 1, "skip_train": True}, "--amopo-fp8-check-interval is of training steps"),
         (
             {"amopo_conflict_interval": 3, "train_iters": None, "train_samples": 11},
             "--amopo-conflict-interval 3 is more than the run's 2 steps",
