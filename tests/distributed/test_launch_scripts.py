@@ -27,6 +27,7 @@ FP8 = {
     "delayed": {"FP8_RECIPE": "delayed", "FP8_BF16_LAYERS": "0"},
 }
 
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Prepared data of four dimensions, and a folder for each model."""
