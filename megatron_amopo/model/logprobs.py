@@ -27,6 +27,8 @@ from megatron_amopo.model import head_torch
 from megatron_amopo.model.accumulate import add_product
 
 DEFAULT_BUFFER_BYTES = 64 * 2**20
+# glibc keeps freed arrays of up to 32 MiB; larger ones get new pages from the operating system each time.
+_CPU_BUFFER_BYTES = 24 * 2**20
 
 # A GEMM that sums over fewer rows than the first spends its time on reading and writing the weight's gradient; beyond
 # the second nothing is gained.
@@ -108,7 +110,7 @@ def response_logps(
         tp_group: tensor-parallel group over which the vocabulary is split; None or a group of one means that it isn't.
         vocab_size: rows at and above it are padding: they take no part in the softmax and get no gradient. None: no
             padding.
-        buffer_bytes: working memory for logits, see :func:`plan_blocks`.
+        buffer_bytes: working memory for logits, see :func:`plan_blocks`; on the CPU not more than 24 MiB.
         blocks: take these instead.
 
     Raises:
@@ -144,7 +146,7 @@ def response_logps(
         valid_rows,
         hidden.shape[1],
         element_size=hidden.element_size(),
-        buffer_bytes=buffer_bytes,
+        buffer_bytes=buffer_bytes if hidden.is_cuda else min(buffer_bytes, _CPU_BUFFER_BYTES),
         # Adding several GEMMs up in low precision would lose the small ones.
         all_rows=weight.requires_grad and weight_sum.element_size() < 4,
     )

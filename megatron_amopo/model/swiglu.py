@@ -3,13 +3,15 @@
 Megatron's unfused layers compute it operation by operation. That keeps three tensors of the MLP's width, and on the way
 back makes four more and copies two of them into one: on a CPU, where the operating system must hand out that memory, it
 takes longer than the arithmetic. Megatron's fused form needs torch's compiler, without which it is slower still. Here
-a few rows at a time go through the operations of the unfused form, and each half of the gradient is computed where it
-belongs: results are the same to the last bit.
+a few rows at a time go through the operations of the unfused form: results are the same to the last bit. The gradient
+is written over the input, which nothing else needs by then (the layer before keeps its own input, not its output);
+going back a second time is an error that autograd reports.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_amopo.model.tiles import row_tiles
@@ -40,12 +42,10 @@ class _SwiGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        grad_gate_up = torch.empty_like(gate_up)
         for rows in row_tiles(gate_up):
             grad = grad_outputs[0][rows]
             gate, up = gate_up[rows].chunk(2, dim=-1)
-            grad_gate, grad_up = grad_gate_up[rows].chunk(2, dim=-1)
-            torch.mul(grad, up, out=grad_gate)
-            torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-            torch.ops.aten.silu.out(gate, out=grad_up).mul_(grad)
-        return grad_gate_up
+            grad_up = F.silu(gate).mul_(grad)
+            torch.ops.aten.silu_backward.grad_input(up.mul_(grad), gate, grad_input=gate)
+            up.copy_(grad_up)
+        return gate_up
