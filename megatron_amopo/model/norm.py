@@ -29,7 +29,7 @@ class RMSNorm(torch.nn.RMSNorm):
         """``[…, H]`` to the same; statistics in float32, in float64 for such inputs."""
         if x.device.type != "cpu":
             return super().forward(x)
-        return _RMSNorm.apply(x.flatten(0, -2), self.weight, self.eps).view(x.shape)
+        return _RMSNorm.apply(x.flatten(0, -2), self.weight, self.eps).reshape(x.shape)
 
 
 class _RMSNorm(torch.autograd.Function):
