@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -83,7 +84,8 @@ class PackedAttention(torch.nn.Module):
         segments = packed_seq_params
         if not isinstance(segments, PackedSegments):
             raise TypeError(f"PackedAttention needs PackedSegments in packed_seq_params, got {type(segments).__name__}")
-        q, k, v = query[:, 0], key[:, 0], value[:, 0]
+        # Views on the way back, too: the gradient of an index is a tensor of zeros and a copy.
+        q, k, v = (x.squeeze(1) for x in (query, key, value))
         if self.cp_group is not None:
             q, k, v = shard_heads(q, k, v, self.cp_group)
         context = select_backend(self.backend, q.device, q.dtype)(q, k, v, segments, scale=self.softmax_scale)
@@ -97,19 +99,26 @@ class PackedAttention(torch.nn.Module):
 def per_branch_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: PackedSegments, *, scale: float | None = None
 ) -> Tensor:
-    """The reference, on any device in any dtype: one ``scaled_dot_product_attention`` per branch."""
+    """The reference, on any device in any dtype: one ``scaled_dot_product_attention`` per branch.
+
+    Queries, keys and values are cut into pieces once: the gradient of one slice after the other would be as many
+    tensors of zeros of the whole length, added up.
+    """
+    queries = q[: segments.num_queries].split([branch.num_queries for branch in segments.branches])
+    edges = sorted({0, *(edge for b in segments.branches for span in b.keys for edge in (span.start, span.stop))})
+    lengths = [stop - start for start, stop in pairwise(edges)]
+    kv_pieces = list(zip(edges, *(x[: segments.num_queries].split(lengths) for x in (k, v)), strict=False))
     outputs = []
-    for branch in segments.branches:
-        own = slice(branch.start, branch.end)
-        keys, values, mask = k[own], v[own], None
+    for branch, own in zip(segments.branches, queries, strict=True):
+        seen = [(key, value) for span in branch.keys for start, key, value in kv_pieces if start in span]
+        keys, values = (torch.cat(pieces) for pieces in zip(*seen, strict=True))
+        mask = None
         if branch.ancestors:
-            keys = torch.cat([k[span.start : span.stop] for span in branch.keys])
-            values = torch.cat([v[span.start : span.stop] for span in branch.keys])
             mask = torch.ones(branch.num_queries, branch.num_keys, dtype=torch.bool, device=q.device).tril(
                 branch.prefix_length
             )
         attended = F.scaled_dot_product_attention(
-            q[own].transpose(0, 1)[None],
+            own.transpose(0, 1)[None],
             keys.transpose(0, 1)[None],
             values.transpose(0, 1)[None],
             attn_mask=mask,

@@ -33,6 +33,7 @@ from megatron_amopo.data.batching import GroupBatch
 from megatron_amopo.data.segments import Branch, PackedSegments
 from megatron_amopo.model.attention import AUTO, PackedAttention
 from megatron_amopo.model.logprobs import DEFAULT_BUFFER_BYTES
+from megatron_amopo.model.norm import RMSNorm
 from megatron_amopo.model.response_head import ResponseHead
 from megatron_amopo.model.rotary import Llama3Scaling, PackedRotaryEmbedding
 from megatron_amopo.model.swiglu import SwiGLU
@@ -232,12 +233,3 @@ def _layer_spec(
     pp_rank = None if pg_collection is None else pg_collection.pp.rank()
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm that tells Megatron to sum its weight's gradient over sequence-parallel ranks; Megatron's own
-    wrapper of it refuses sequence parallelism instead."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

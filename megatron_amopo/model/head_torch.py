@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_TILE, _CPU_TILE = 2**23, 2**18  # elements; on CPUs for each thread: a MiB of float32
+from megatron_amopo.model.tiles import row_tiles
+
+_TILE = 2**23  # elements, beside the CPU
 
 
 def add_statistics(logits: Tensor, targets: Tensor, row_max: Tensor, sum_exp: Tensor, target_logit: Tensor) -> None:
@@ -54,13 +56,13 @@ def write_grad_logits(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, grad
 def _wide_tiles(logits: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Rows of ``logits`` and their content in ``dtype``: a view if they have that already, else a copy in memory that
     the next tile takes over."""
-    elements = _CPU_TILE * torch.get_num_threads() if logits.device.type == "cpu" else _TILE
-    step = max(1, elements // logits.shape[1])
-    memory = None if logits.dtype == dtype else torch.empty_like(logits[:step], dtype=dtype)
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
+    memory = None
+    for rows in row_tiles(logits, elsewhere=_TILE):
         tile = logits[rows]
-        yield rows, tile if memory is None else memory[: tile.shape[0]].copy_(tile)
+        if logits.dtype != dtype:
+            memory = torch.empty_like(tile, dtype=dtype) if memory is None else memory
+            tile = memory[: tile.shape[0]].copy_(tile)
+        yield rows, tile
 
 
 def _within(targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,8 @@ from megatron_amopo.model import head_torch
 from megatron_amopo.model.accumulate import add_product
 
 DEFAULT_BUFFER_BYTES = 64 * 2**20
+# glibc keeps freed arrays of up to 32 MiB; larger ones get new pages from the operating system each time.
+_CPU_BUFFER_BYTES = 24 * 2**20
 
 # A GEMM that sums over fewer rows than the first spends its time on reading and writing the weight's gradient; beyond
 # the second nothing is gained.
@@ -108,7 +110,8 @@ def response_logps(
         tp_group: tensor-parallel group over which the vocabulary is split; None or a group of one means that it isn't.
         vocab_size: rows at and above it are padding: they take no part in the softmax and get no gradient. None: no
             padding.
-        buffer_bytes: working memory for logits, see :func:`plan_blocks`.
+        buffer_bytes: working memory for logits, see :func:`plan_blocks`; without ``all_rows``, the CPU takes no more
+            than 24 MiB.
         blocks: take these instead.
 
     Raises:
@@ -139,14 +142,15 @@ def response_logps(
     valid_rows = min(max(vocab_size - first_row, 0), weight.shape[0])
     main_grad = getattr(weight, "main_grad", None) if weight.requires_grad else None
     weight_sum = weight if main_grad is None else main_grad
+    # Adding several GEMMs up in low precision would lose the small ones.
+    all_rows = weight.requires_grad and weight_sum.element_size() < 4
     blocks = blocks or plan_blocks(
         hidden.shape[0],
         valid_rows,
         hidden.shape[1],
         element_size=hidden.element_size(),
-        buffer_bytes=buffer_bytes,
-        # Adding several GEMMs up in low precision would lose the small ones.
-        all_rows=weight.requires_grad and weight_sum.element_size() < 4,
+        buffer_bytes=buffer_bytes if hidden.is_cuda or all_rows else min(buffer_bytes, _CPU_BUFFER_BYTES),
+        all_rows=all_rows,
     )
     return _ResponseLogps.apply(
         hidden, weight, targets - first_row, tp_group if tp_size > 1 else None, valid_rows, main_grad, blocks

@@ -49,7 +49,7 @@ class ResponseHead(ColumnParallelLinear):
             input_ = gather_from_sequence_parallel_region(
                 input_, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        rows = input_[:, 0].index_select(0, batch.rows)
+        rows = input_.squeeze(1).index_select(0, batch.rows)
         if on_row_gradients is not None:
             rows.register_hook(on_row_gradients)
         return response_logps(
