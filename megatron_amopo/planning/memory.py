@@ -3,7 +3,7 @@
 Saved for the backward pass, per token and layer, in elements of bf16 (h hidden, q query channels, kv key and value
 channels, f MLP width; tensor parallelism divides q, kv and f, sequence parallelism h):
 
-    norms         2h            their inputs
+    norms         2h            their inputs; with norms of queries and keys, q + kv/2 more
     products      2h + q + f    their inputs: of linear_qkv, linear_fc1, linear_proj (attention's output), linear_fc2
     attention     q + kv        rotated queries; keys and values as they are gathered for the branches
     SwiGLU        2f            its input
@@ -79,9 +79,13 @@ def saved_by_layer(
     # Under context parallelism attention has all tokens of a part of the heads.
     key_value = sizes.key_value / layout.tp / layout.cp
     statistics = _FP32 * (2 / layout.splits_sequence + sizes.heads / layout.tp)  # of norms and softmax
+    of_heads = 0.0
+    if sizes.qk_norm:
+        of_heads = (sizes.query + sizes.key_value / 2) / layout.tp
+        statistics += _FP32 * (sizes.heads + sizes.kv_heads) / layout.tp
     of_product = _FP8 if is_fp8 else element
     return SavedBytes(
-        norms=element * 2 * hidden * tokens + statistics * tokens,
+        norms=(element * (2 * hidden + of_heads) + statistics) * tokens,
         products=of_product * (2 * hidden + query + ffn) * tokens,
         attention=element * (query * (2 if is_fp8 else 1) * tokens + key_value * keys),
         swiglu=element * 2 * ffn * tokens,
@@ -92,16 +96,16 @@ def kept_by_layer(
     sizes: ModelSizes, layout: Layout, batch: MicroBatch, *, is_fp8: bool = False, element: int = _BF16
 ) -> float:
     """Bytes that one layer keeps of a micro-batch under the layout's recomputation."""
-    saved = saved_by_layer(sizes, layout, batch, is_fp8=is_fp8, element=element)
     tokens = batch.tokens / layout.cp
-    hidden = element * sizes.hidden / layout.splits_sequence * tokens
+    hidden = sizes.hidden / layout.splits_sequence * tokens
     if layout.recompute == "full":
-        return hidden
-    if layout.recompute == "mlp":
-        of_fc2 = (_FP8 if is_fp8 else element) * sizes.ffn / layout.tp * tokens
-        whole_input = hidden - (_FP8 * hidden / element if is_fp8 else hidden)  # kept unrounded for the second pass
-        return saved.total - saved.swiglu - of_fc2 + whole_input
-    return saved.total
+        return element * hidden
+    saved = saved_by_layer(sizes, layout, batch, is_fp8=is_fp8, element=element)
+    if layout.recompute == "none":
+        return saved.total
+    of_product = _FP8 if is_fp8 else element
+    dropped = saved.swiglu + of_product * (hidden + sizes.ffn / layout.tp * tokens)  # inputs of both products
+    return saved.total - dropped + element * hidden
 
 
 def chunks_in_flight(layout: Layout, stage: int, micro_batches: int) -> int:

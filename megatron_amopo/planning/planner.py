@@ -127,7 +127,7 @@ def candidates(question: Question) -> Iterator[Layout]:
     fixed, gpus = question.fixed, question.gpus
     within_node = [size for size in _POWERS if size <= min(gpus, question.gpu.per_node)]
     for tp in [fixed.tp] if fixed.tp else within_node:
-        for cp in [fixed.cp] if fixed.cp else [size for size in within_node if gpus % (tp * size) == 0]:
+        for cp in [fixed.cp] if fixed.cp else [size for size in within_node if gpus % (tp * size) == 0] or [1]:
             for pp, count_ends in _pipelines(question, inner=tp * cp):
                 layers = (question.sizes.layers + 2 * count_ends) // pp
                 for chunks in [fixed.chunks] if fixed.chunks else _chunks(layers, pp):

@@ -26,6 +26,7 @@ _BF16, _FP32 = 2, 4
 # (two reads, one write), twice each; backward a norm reads its input and a gradient, a residual adds two gradients.
 _HIDDEN_FORWARD, _HIDDEN_BACKWARD = 10, 12
 _ROTARY = 2  # queries and keys, read and written
+_HEAD_NORM_FORWARD, _HEAD_NORM_BACKWARD = 2, 3  # where queries and keys have norms
 _SWIGLU_FORWARD, _SWIGLU_BACKWARD = 3, 5
 #: Bytes per element of a tensor that is cast to FP8: what is read (twice where the scale must be known first) and the
 #: two copies, as they are and transposed, that are written.
@@ -185,9 +186,9 @@ class TimeModel:
         sizes, layout = self.sizes, self.layout
         hidden, ffn = sizes.hidden / layout.splits_sequence, sizes.ffn / layout.tp
         attention_width = (sizes.query + sizes.key_value / 2) / layout.tp
-        rotary = _ROTARY * attention_width
-        forward = _BF16 * (_HIDDEN_FORWARD * hidden + rotary + _SWIGLU_FORWARD * ffn)
-        backward = _BF16 * (_HIDDEN_BACKWARD * hidden + rotary + _SWIGLU_BACKWARD * ffn)
+        of_heads = (_ROTARY + _HEAD_NORM_FORWARD * sizes.qk_norm, _ROTARY + _HEAD_NORM_BACKWARD * sizes.qk_norm)
+        forward = _BF16 * (_HIDDEN_FORWARD * hidden + of_heads[0] * attention_width + _SWIGLU_FORWARD * ffn)
+        backward = _BF16 * (_HIDDEN_BACKWARD * hidden + of_heads[1] * attention_width + _SWIGLU_BACKWARD * ffn)
         # Inputs of the four products are cast in the forward pass, gradients of their outputs in the backward pass.
         cast = _CAST_BYTES[self.options.precision]
         forward += cast * (2 * hidden + sizes.query / layout.tp + ffn)
