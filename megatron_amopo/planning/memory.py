@@ -77,7 +77,7 @@ def saved_by_layer(
     tokens, keys = batch.tokens / layout.cp, batch.keys
     hidden, query, ffn = sizes.hidden / layout.splits_sequence, sizes.query / layout.tp, sizes.ffn / layout.tp
     # Under context parallelism attention has all tokens of a part of the heads.
-    key_value = sizes.key_value / layout.tp / layout.cp
+    key_value = sizes.gathered_key_value(layout)
     statistics = _FP32 * (2 / layout.splits_sequence + sizes.heads / layout.tp)  # of norms and softmax
     of_heads = 0.0
     if sizes.qk_norm:

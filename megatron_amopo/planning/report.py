@@ -121,8 +121,8 @@ def _refusals_table(plan: Plan) -> Table:
     table.add_column("reason")
     for refusal, count in plan.refused[:_SHOWN_REFUSALS]:
         table.add_row(f"{count:,}", escape(str(refusal)))
-    if rest := len(plan.refused) - _SHOWN_REFUSALS:
-        table.add_row("", f"… and {rest} more reasons (--json has all)") if rest > 0 else None
+    if len(plan.refused) > _SHOWN_REFUSALS:
+        table.add_row("", f"… and {len(plan.refused) - _SHOWN_REFUSALS} more reasons (--json has all)")
     return table
 
 

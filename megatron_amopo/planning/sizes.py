@@ -73,6 +73,12 @@ class ModelSizes:
         """Channels of all key heads and all value heads."""
         return 2 * self.kv_heads * self.head_size
 
+    def gathered_key_value(self, layout: Layout) -> int:
+        """Key and value channels that attention reads on one rank. Context parallelism trades tokens for heads; where
+        its ranks don't divide the key-value heads, each of these is on several (``model/context_parallel.py``)."""
+        heads = self.kv_heads // layout.tp
+        return 2 * self.head_size * (heads // math.gcd(heads, layout.cp))
+
     @property
     def attention_linears(self) -> tuple[Linear, Linear]:
         return (

@@ -259,10 +259,11 @@ class TimeModel:
             return 0.0
         bandwidth = self._bandwidth(layout.tp, layout.cp)
         latency = self.efficiency.collective_seconds
-        key_value = _BF16 * tokens * sizes.key_value / layout.tp
         if self.software.ring_context:  # keys and values go around; backward, their gradients too
+            key_value = _BF16 * tokens * sizes.key_value / layout.tp
             return 3 * (layout.cp - 1) * (key_value / bandwidth + latency) * self.efficiency.exposed
         query = _BF16 * tokens * sizes.query / layout.tp
+        key_value = _BF16 * tokens * sizes.gathered_key_value(layout) * layout.cp
         # There and back, forward and backward.
         return 2 * (2 * query + key_value) * (layout.cp - 1) / layout.cp / bandwidth + 4 * latency
 
@@ -272,8 +273,13 @@ class TimeModel:
         if layout.pp == 1:
             return 0.0
         size = _BF16 * tokens * self.sizes.hidden / layout.splits_sequence
-        inner = layout.tp * layout.cp * layout.dp
-        bandwidth = self._bandwidth(inner, layout.pp) if inner < self.gpu.per_node else self._bandwidth(inner, 2)
+        inside = layout.gpus <= self.gpu.per_node
+        # The slowest pair sets the pace: one adapter, where any stage lies on another node than the next.
+        bandwidth = (
+            self.gpu.nvlink_bandwidth * self.efficiency.nvlink
+            if inside
+            else self.gpu.network_bandwidth * self.efficiency.network
+        )
         hidden = self.efficiency.exposed if layout.chunks > 1 else 1.0  # Megatron overlaps it where stages interleave
         return 2 * layout.chunks * (size / bandwidth + self.efficiency.collective_seconds) * hidden
 

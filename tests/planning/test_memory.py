@@ -62,8 +62,10 @@ def test_what_a_layer_keeps(tp, sequence_parallel):
 
 
 def test_context_parallelism_splits_all_that_a_layer_keeps():
-    one, four = (kept_by_layer(SMALL, Layout(cp=cp), BATCH) for cp in (1, 4))
-    assert four == pytest.approx(one / 4)
+    one, two, four = (kept_by_layer(SMALL, Layout(cp=cp), BATCH) for cp in (1, 2, 4))
+    assert two == pytest.approx(one / 2)
+    # Four ranks share two key-value heads: each has one, of all tokens, where a half would be its part.
+    assert four == pytest.approx(one / 4 + BATCH.keys * 2 * 16)
 
 
 def test_chunks_in_flight():
