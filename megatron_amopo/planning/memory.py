@@ -3,7 +3,8 @@
 Saved for the backward pass, per token and layer, in elements of bf16 (h hidden, q query channels, kv key and value
 channels, f MLP width; tensor parallelism divides q, kv and f, sequence parallelism h):
 
-    norms         2h            their inputs; with norms of queries and keys, q + kv/2 more
+    norms         2h            their inputs; with norms of queries and keys 2q + kv more: the queries' input is a copy,
+                                the keys' a view, which keeps all of linear_qkv's output
     products      2h + q + f    their inputs: of linear_qkv, linear_fc1, linear_proj (attention's output), linear_fc2
     attention     q + kv        rotated queries; keys and values as they are gathered for the branches
     SwiGLU        2f            its input
@@ -81,7 +82,7 @@ def saved_by_layer(
     statistics = _FP32 * (2 / layout.splits_sequence + sizes.heads / layout.tp)  # of norms and softmax
     of_heads = 0.0
     if sizes.qk_norm:
-        of_heads = (sizes.query + sizes.key_value / 2) / layout.tp
+        of_heads = (2 * sizes.query + sizes.key_value) / layout.tp
         statistics += _FP32 * (sizes.heads + sizes.kv_heads) / layout.tp
     of_product = _FP8 if is_fp8 else element
     return SavedBytes(
