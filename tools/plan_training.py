@@ -150,6 +150,7 @@ def _question(options: argparse.Namespace) -> "Question":
             optimizer_cpu_offload=options.optimizer_cpu_offload,
             bf16_gradients=options.grad_reduce_in_bf16,
             attention=options.attention,
+            sharing=options.share_prefixes,
         ),
         fixed=Fixed(
             tp=options.tensor_model_parallel_size,

@@ -39,6 +39,8 @@ def training_flags(sizes: ModelSizes, layout: Layout, options: Options, places: 
         flags += ["--recompute-granularity", "selective", "--recompute-modules", "mlp"]
     if options.attention == "fa3":
         flags += ["--amopo-attention", "fa3"]
+    if options.sharing != "tree":
+        flags += ["--amopo-share-prefixes", options.sharing]
     flags += ["--amopo-epochs", "3", "--lr", "3e-7", "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1"]
     return [*flags, "--clip-grad", "3.0", "--save-interval", "200", "--eval-interval", "200"]
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_amopo.data.groups import Sharing
+
 Recompute = Literal["none", "mlp", "full"]
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 
@@ -57,6 +59,7 @@ class Options:
     optimizer_cpu_offload: bool = False
     bf16_gradients: bool = False  # --grad-reduce-in-bf16
     attention: Literal["fa3", "varlen"] = "varlen"
+    sharing: Sharing = "tree"
 
     @property
     def is_fp8(self) -> bool:

@@ -209,6 +209,6 @@ def _pipelines(question: Question, *, inner: int) -> Iterator[tuple[int, bool]]:
 
 
 def _chunks(layers_of_stage: int, pp: int) -> list[int]:
-    if pp == 1:
+    if pp == 1 or not layers_of_stage:
         return [1]
     return [chunks for chunks in range(1, min(layers_of_stage, _MOST_CHUNKS) + 1) if layers_of_stage % chunks == 0]

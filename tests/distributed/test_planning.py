@@ -32,7 +32,7 @@ ACCEPTED = {
     "CP": (Layout(cp=2, dp=4, recompute="full"), {}),
     "recomputed MLP": (Layout(dp=8, recompute="mlp"), {}),
     "all": (Layout(tp=2, cp=2, pp=2, dp=8, chunks=2, recompute="full"), {"micro_batch": 2, "global_batch": 32}),
-    "plain optimizer": (Layout(dp=2), {"distributed_optimizer": False}),
+    "plain optimizer": (Layout(dp=2), {"distributed_optimizer": False, "sharing": "responses"}),
     "offload": (Layout(dp=2), {"precision_aware_optimizer": True, "optimizer_cpu_offload": True}),
 }
 REFUSED = {

@@ -65,6 +65,8 @@ def test_what_is_fixed_is_kept_and_its_refusal_said():
     assert refused.fitting == ()
     reasons = [refusal.reason for refusal, _ in refused.refused]
     assert any("--tensor-model-parallel-size 3 doesn't divide" in reason for reason in reasons)
+    too_many = plan(question(gpus=32, fixed=Fixed(pp=32)))
+    assert any("is more than the model's 28 layers" in refusal.reason for refusal, _ in too_many.refused)
 
 
 def test_flags_that_this_version_refuses_are_estimated_only_when_asked():
