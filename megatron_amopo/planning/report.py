@@ -47,7 +47,7 @@ def print_plan(console: Console, question: Question, plan: Plan, places: Places,
         f"{question.options.precision}, global batch of {question.options.global_batch:,} records, "
         f"{question.options.micro_batch} per micro-batch"
     )
-    console.print(f"Data {escape(records.description)}")
+    console.print(f"Data, {escape(records.description)}")
     best = distinct(plan.fitting)
     console.print(
         f"{plan.considered:,} layouts: {len(plan.fitting):,} fit, {len(plan.too_large):,} are too large, "

@@ -139,7 +139,7 @@ def stated_records(
     lengths[:, :, 0], lengths[:, :, 1:] = prompt_tokens, response_tokens
     lengths[0, :, 1:] = longest
     description = (
-        f"stated: {dimensions} dimensions, prompts of {prompt_tokens:,} tokens ({shared_tokens:,} of them shared), "
+        f"as stated: {dimensions} dimensions, prompts of {prompt_tokens:,} tokens ({shared_tokens:,} of them shared), "
         f"responses of {response_tokens:,} tokens, in one record of a hundred {longest:,}"
     )
     return Records.of(lengths, np.full(100, shared_tokens), sharing, description)
