@@ -34,6 +34,7 @@ ALLOWED = {
     "sampling": {"errors", "data", "sampling"},
     "certification": {"errors", "device", "data", "objectives", "model", "checkpoint", "training", "certification"},
     "report": {"errors", "data", "training", "report"},
+    "planning": {"errors", "data", "checkpoint", "training", "planning"},
     "train": {"training"},
     "device": {"errors"},
     "errors": set(),
@@ -134,7 +135,7 @@ def test_parts_import_one_way(part: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("part", ["objectives", "data", "sampling", "report", "errors"])
+@pytest.mark.parametrize("part", ["objectives", "data", "sampling", "report", "planning", "errors"])
 def test_works_without_megatron(part: str) -> None:
     wrong = [
         str(found)
