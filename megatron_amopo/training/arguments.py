@@ -43,6 +43,7 @@ from megatron_amopo.training.objective_arguments import add_objective_arguments,
 from megatron_amopo.training.observer_arguments import ObserverConfig, add_observer_arguments, read_observers
 from megatron_amopo.training.reference_cache import add_reference_arguments, check_reference_flags
 from megatron_amopo.training.supported_flags import Flag, check_flags, read_flags
+from megatron_amopo.training.survival_arguments import SurvivalConfig, add_survival_arguments, read_survival
 
 #: Where this project departs from Megatron's own defaults, by the names of its argument namespace.
 DEFAULTS: dict[str, Any] = {
@@ -82,6 +83,7 @@ class RunConfig:
     eval_at_start: bool
     dump_logps: Path | None
     observers: ObserverConfig
+    survival: SurvivalConfig
     attention: str
     head_buffer_mib: int
     vocab_size: int  # without padding
@@ -106,6 +108,7 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     add_objective_arguments(group)
     add_reference_arguments(group)
     add_observer_arguments(group)
+    add_survival_arguments(group)
     add(
         "--amopo-epochs", type=int, help="passes over the training records; instead of --train-iters or --train-samples"
     )
@@ -219,6 +222,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         eval_at_start=args.amopo_eval_at_start,
         dump_logps=args.amopo_dump_logps,
         observers=observers,
+        survival=read_survival(args),
         attention=args.amopo_attention,
         head_buffer_mib=args.amopo_head_buffer_mib,
         vocab_size=args.vocab_size,

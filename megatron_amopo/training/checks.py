@@ -14,10 +14,12 @@ import torch
 
 from megatron_amopo import device
 from megatron_amopo.checkpoint.families import SequenceLimit
+from megatron_amopo.checkpoint.iterations import holds_checkpoint
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError, DataError
 from megatron_amopo.model.attention import select_backend
+from megatron_amopo.training.resuming import check_loadable
 
 #: The least that a number may be.
 _LEAST = {
@@ -35,6 +37,7 @@ _LEAST = {
     "amopo_epochs": 1,
     "amopo_conflict_interval": 1,
     "amopo_head_buffer_mib": 1,
+    "amopo_keep_checkpoints": 1,
 }
 
 
@@ -96,7 +99,7 @@ def _check_micro_batches(args: argparse.Namespace) -> None:
 
 def check_checkpoint(args: argparse.Namespace) -> Path:
     """The folder whose checkpoint the run continues or starts from: ``--load`` if it holds one, else
-    ``--pretrained-checkpoint``.
+    ``--pretrained-checkpoint``. What it holds can be loaded.
     """
     sources = [
         (flag, Path(value))
@@ -109,7 +112,8 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
             "(made by tools/convert_checkpoint.py hf-to-megatron) or --load DIR"
         )
     for flag, folder in sources:
-        if (folder / "latest_checkpointed_iteration.txt").is_file():
+        if holds_checkpoint(folder):
+            check_loadable(args, flag, folder)
             if not (folder / "hf" / "config.json").is_file():
                 raise ConfigError(
                     f"{flag} {folder} holds no hf/config.json, so the model's shape is unknown: copy the hf folder of "
@@ -190,8 +194,7 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
     """
     if args.save is not None and not args.skip_train:
         save = Path(args.save)
-        holds_run = (save / "latest_checkpointed_iteration.txt").is_file()
-        if holds_run and (args.finetune or not checkpoint.samefile(save)):
+        if holds_checkpoint(save) and (args.finetune or not checkpoint.samefile(save)):
             raise ConfigError(
                 f"--save {save} holds a run already: go on with it by --load {save} (without --finetune), or name "
                 "another folder"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 from torch import Tensor
 
+from megatron_amopo.checkpoint.iterations import holds_checkpoint
 from megatron_amopo.data.batching import GroupBatch
 from megatron_amopo.model.context_parallel import BatchPart
 from megatron_amopo.objectives import AmopoLoss, Pairs
@@ -73,7 +74,7 @@ class Observers:
     def _start_ledger(self, save: Path, iteration: int) -> None:
         folder = save / LEDGER_FOLDER
         if dist.get_rank() == 0 and folder.is_dir():  # also where the ledger is off: rows must not outlive their run
-            resumed = (save / "latest_checkpointed_iteration.txt").is_file()
+            resumed = holds_checkpoint(save)
             drop_after(folder, iteration if resumed else 0)
         is_first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
         if self._ledger and is_first and mpu.is_pipeline_last_stage(ignore_virtual=True):

@@ -56,14 +56,16 @@ from megatron_amopo.training.reference import Reference
 from megatron_amopo.training.reference_cache import check_named_cache, resumed_reference
 from megatron_amopo.training.run_files import EVALUATION_FILE, METRICS_FILE
 from megatron_amopo.training.run_record import check_resumed_run, write_run_record
+from megatron_amopo.training.saving import SaveFailed, Saving
 from megatron_amopo.training.starts import record_start
 from megatron_amopo.training.step import Step
+from megatron_amopo.training.stopping import Stopping
 from megatron_amopo.training.together import FailedTogether
 
 
 def main() -> None:
     """Train, evaluate and save as the command line says; exit code 2 and one line for an error that is the user's to
-    mend.
+    mend, 75 where the run stopped before its last step and is to be started again.
     """
     try:
         args, config = prepare()
@@ -75,11 +77,8 @@ def main() -> None:
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     try:
-        run(args, config)
-    except SystemExit as stop:  # Megatron's way to stop early, as asked by --exit-interval and the like
-        if stop.code:
-            raise
-    except (FailedTogether, NoMultipliers) as error:
+        stopping = run(args, config)
+    except (FailedTogether, NoMultipliers, SaveFailed) as error:
         if args.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -89,6 +88,7 @@ def main() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    stopping.finish()
     if config.export_hf is not None and args.rank == 0:
         try:
             export_last_step(config.export_hf, Path(args.save), args.train_iters)
@@ -118,8 +118,9 @@ def _is_first_here() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
-def run(args: Namespace, config: RunConfig) -> None:
-    """One run of Megatron's ``pretrain`` with validated arguments."""
+def run(args: Namespace, config: RunConfig) -> Stopping:
+    """One run of Megatron's ``pretrain`` with validated arguments; says whether it stopped before its last step."""
+    args.exit_signal_handler = False  # Megatron's, in whose place comes one of more signals
     set_global_variables(args, build_tokenizer=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*recommended to use a ModelConfig.*")
@@ -127,8 +128,10 @@ def run(args: Namespace, config: RunConfig) -> None:
     reference = Reference(config)
     multipliers = Multipliers(config.objective.margin_floors)
     observers = Observers(config, Path(args.save) if args.save and not args.skip_train else None)
-    hooks = _OurHooks(config, observers, reference, multipliers)
-    with observers, hooks, multipliers.restored_from_checkpoints():
+    stopping = Stopping(args)
+    saving = Saving(args.save, config.survival.retention)
+    hooks = _OurHooks(config, observers, reference, multipliers, saving, stopping)
+    with stopping, observers, saving, hooks, multipliers.restored_from_checkpoints():
         training.pretrain(
             container,
             _datasets_provider(config, reference),
@@ -136,6 +139,7 @@ def run(args: Namespace, config: RunConfig) -> None:
             Step(config, multipliers, observers),
             model_provider=functools.partial(_model_provider, config),
         )
+    return stopping
 
 
 def _model_provider(
@@ -213,7 +217,7 @@ def _datasets_provider(config: RunConfig, reference: Reference) -> Callable[...,
 
 
 class _OurHooks:
-    """Puts our records into Megatron's loop by wrapping six of its functions for the time of a run.
+    """Puts our records into Megatron's loop by wrapping seven of its functions for the time of a run.
 
     - ``setup_model_and_optimizer`` gives the starting weights, of which the reference log-probabilities are;
     - ``train_step`` is what observers are told begins and ends;
@@ -221,11 +225,21 @@ class _OurHooks:
       rates of records and tokens;
     - ``evaluate_and_print_results`` would print a perplexity of every metric, and repeat the last evaluation;
     - ``train`` starts without an evaluation;
-    - ``save_checkpoint`` writes weights; what export and resume need beside them is written once before it.
+    - ``save_checkpoint`` writes weights; what export and resume need beside them is written once before it;
+    - ``checkpoint_and_decide_exit`` says that the run ends early.
     """
 
-    def __init__(self, config: RunConfig, observers: Observers, reference: Reference, multipliers: Multipliers):
+    def __init__(
+        self,
+        config: RunConfig,
+        observers: Observers,
+        reference: Reference,
+        multipliers: Multipliers,
+        saving: Saving,
+        stopping: Stopping,
+    ):
         self.config, self.observers, self.reference, self.multipliers = config, observers, reference, multipliers
+        self.saving, self.stopping = saving, stopping
         self.recorder: Recorder | None = None
         self.evaluated_at: int | None = None
         self.described = False
@@ -240,6 +254,7 @@ class _OurHooks:
                 "evaluate_and_print_results",
                 "train",
                 "save_checkpoint",
+                "checkpoint_and_decide_exit",
             )
         }
         training.setup_model_and_optimizer = self._setup
@@ -248,6 +263,7 @@ class _OurHooks:
         training.evaluate_and_print_results = self._evaluate
         training.train = self._train
         training.save_checkpoint = self._save_checkpoint
+        training.checkpoint_and_decide_exit = self._decide_exit
 
     def __exit__(self, *exc: Any) -> None:
         for name, function in self.original.items():
@@ -297,6 +313,8 @@ class _OurHooks:
         **options: Any,
     ) -> Any:
         args = get_args()
+        self.saving.begin(args.iteration)
+        self.stopping.begin()
         if args.rank == 0 and args.save:
             record_start(Path(args.save), args)
         if self.config.eval_at_start and args.do_valid and args.iteration == 0:
@@ -349,7 +367,9 @@ class _OurHooks:
         if metrics and (recorder := self._record()):
             recorder.validation(iteration, metrics, time.monotonic() - start, leakage)
 
-    def _save_checkpoint(self, *rest: Any, **options: Any) -> Any:
+    def _save_checkpoint(self, iteration: int, *rest: Any, **options: Any) -> Any:
+        if self.saving.is_saved(iteration):
+            return None
         self.observers.before_checkpoint()
         if dist.get_rank() == 0 and not self.described:
             save = Path(get_args().save)
@@ -360,7 +380,15 @@ class _OurHooks:
             write_run_record(save, self.config, self.reference.identity)
             self.described = True
         self.multipliers.save_into(get_args())
-        return self.original["save_checkpoint"](*rest, **options)
+        result = self.original["save_checkpoint"](iteration, *rest, **options)
+        self.saving.thin_out()
+        return result
+
+    def _decide_exit(self, model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any) -> bool:
+        stops = self.original["checkpoint_and_decide_exit"](model, optimizer, scheduler, iteration, *rest)
+        if stops:
+            self.stopping.stopped(iteration)
+        return stops
 
 
 def _copy_hf_folder(source: Path, target: Path) -> None:
