@@ -43,7 +43,13 @@ from megatron_amopo.training.objective_arguments import add_objective_arguments,
 from megatron_amopo.training.observer_arguments import ObserverConfig, add_observer_arguments, read_observers
 from megatron_amopo.training.reference_cache import add_reference_arguments, check_reference_flags
 from megatron_amopo.training.supported_flags import Flag, check_flags, read_flags
-from megatron_amopo.training.survival_arguments import SurvivalConfig, add_survival_arguments, read_survival
+from megatron_amopo.training.survival_arguments import (
+    SurvivalConfig,
+    add_survival_arguments,
+    choose_async_writer,
+    prepare_async_save,
+    read_survival,
+)
 
 #: Where this project departs from Megatron's own defaults, by the names of its argument namespace.
 DEFAULTS: dict[str, Any] = {
@@ -200,12 +206,14 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     observers = read_observers(args, groups.dimensions, scored, has_validation=validation is not None)
     if args.amopo_max_tokens_per_micro_batch is not None:
         _set_micro_batch_sizes(args, groups, validation, num_samples, data_parallel_size)
+    prepare_async_save(args)
     try:
         validate_args(args)
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         # Some of its assertions say nothing; then the line that failed has to do.
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ConfigError(f"Megatron refuses these flags: {reason}") from error
+    choose_async_writer(args)
     # After validation, which resets the first; the second is what the first asks of a configuration check.
     args.variable_seq_lengths = True
     args.moe_token_dispatcher_type = "alltoall"

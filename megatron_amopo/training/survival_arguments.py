@@ -5,10 +5,12 @@ Megatron.
 """
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_amopo import device
 from megatron_amopo.errors import ConfigError
 
 
@@ -47,6 +49,24 @@ def add_survival_arguments(group: Any) -> None:
         help="delete all but the newest K checkpoints of --save, when a newer one is complete; those of every "
         "--save-retain-interval steps stay (default: all stay)",
     )
+
+
+def prepare_async_save(args: argparse.Namespace) -> None:
+    """Choose what writes checkpoints under ``--async-save``, before Megatron validates its flags: with CUDA the process
+    that ``--use-persistent-ckpt-worker`` starts, which Megatron would otherwise refuse by saving synchronously.
+    """
+    if args.async_save:
+        args.use_persistent_ckpt_worker = True
+        if importlib.util.find_spec("nvidia_resiliency_ext") is None:
+            args.async_strategy = "mcore"
+
+
+def choose_async_writer(args: argparse.Namespace) -> None:
+    """After the validation: without CUDA, a forked process writes each checkpoint. What it inherits is a snapshot of
+    memory, where the persistent worker would share it with the optimizer, which goes on meanwhile.
+    """
+    if args.async_save and not device.has_cuda():
+        args.use_persistent_ckpt_worker = False
 
 
 def read_survival(args: argparse.Namespace) -> SurvivalConfig:
