@@ -187,10 +187,10 @@ class Soak:
 
         rounds = len(list(self.folder.glob("killed-*")))
         setting = (
-            f"{STEPS} steps of two data-parallel ranks (gloo, distributed optimizer, ledger, a margin floor), saved every "
-            f"{SAVE_EVERY} steps, of which the newest {KEPT} stay; saves are asynchronous in some starts. {rounds} such "
-            "run(s) were started again and again until they came to their end, and compared bit by bit with one that "
-            "nobody touched: metrics, ledger, weights, optimizer."
+            f"{STEPS} steps of two data-parallel ranks (gloo, distributed optimizer, ledger, a margin floor), saved "
+            f"every {SAVE_EVERY} steps, of which the newest {KEPT} stay; saves are asynchronous in some starts. "
+            f"{rounds} such run(s) were started again and again until they came to their end, and compared bit by bit "
+            "with one that nobody touched: metrics, ledger, weights, optimizer."
         )
         soak_page.write(self.folder, self.kills, self.faults, seed=self.seed, setting=setting)
 

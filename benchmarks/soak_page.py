@@ -62,9 +62,9 @@ What the first rank was doing when the signal came:
 What it costs:
 
 {markdown_table(["", "median (least – most)"], costs)}
-"start" is all before a checkpoint is loaded, "load" reading it and what precedes the first step, "step" training, during
-which asynchronous saves are written, "save" what training waits for. SIGTERM before "step" begins is heard after the first
-step, or ends a process that isn't listening yet.
+"start" is all before a checkpoint is loaded, "load" reading it and what precedes the first step, "step" training,
+during which asynchronous saves are written, "save" what training waits for. SIGTERM before "step" begins is heard after
+the first step, or ends a process that isn't listening yet.
 """
     if faults:
         text += "\nFaults:\n\n" + "".join(f"- {fault}\n" for fault in faults)
@@ -93,7 +93,14 @@ def _plot(kills: "Sequence[Kill]", phases: Sequence[str]) -> Figure:
         axes.step(numbers, [kill.saved for kill in kills], where="post", color=COLOURS[0], label="newest checkpoint")
         for phase, colour in zip(phases, COLOURS[1:], strict=False):
             chosen = [(n, kill.step) for n, kill in zip(numbers, kills, strict=True) if kill.phase == phase]
-            axes.scatter(*zip(*chosen, strict=True), s=14, color=colour, label=f"killed in: {phase}", zorder=3)
+            axes.scatter(
+                [n for n, _ in chosen],
+                [step for _, step in chosen],
+                s=14,
+                color=colour,
+                label=f"killed in: {phase}",
+                zorder=3,
+            )
         axes.set_xlabel("kill")
         axes.set_ylabel("step")
         axes.legend(loc="upper left", frameon=False, fontsize=8)

@@ -10,8 +10,6 @@ Reads DCP's metadata, which is a pickle: look only at checkpoints that you trust
 
 import json
 import re
-from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -42,12 +40,6 @@ def why_unusable(path: Path) -> str | None:
         json.loads((path / FORMAT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{FORMAT} can't be read ({_reason(error)})" if path.is_dir() else "it does not exist"
-    return _why_incomplete(path, (path / FORMAT).stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=64)
-def _why_incomplete(path: Path, _written: int) -> str | None:
-    """Kept, because the metadata of a large model take a while to read and are asked for at every save."""
     try:
         storage = FileSystemReader(path).read_metadata().storage_data
     except Exception as error:  # unpickling damaged bytes raises nearly anything
@@ -80,10 +72,10 @@ def tracked(folder: Path) -> Path | None:
     return iteration_folder(folder, int(named)) if named.isdecimal() else None
 
 
-def newest_usable(folder: Path, candidates: Iterable[int] | None = None) -> int | None:
-    """The newest iteration that can be loaded, of all or of ``candidates`` (newest first)."""
-    chosen = iterations(folder) if candidates is None else candidates
-    return next((number for number in chosen if why_unusable(iteration_folder(folder, number)) is None), None)
+def newest_usable(folder: Path) -> int | None:
+    """The newest iteration that can be loaded."""
+    found = (number for number in iterations(folder) if why_unusable(iteration_folder(folder, number)) is None)
+    return next(found, None)
 
 
 def holds_checkpoint(folder: Path) -> bool:

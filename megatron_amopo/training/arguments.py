@@ -35,6 +35,7 @@ from megatron_amopo.training.checks import (
     check_checkpoint,
     check_data,
     check_outputs,
+    check_room,
     check_shape,
     check_tokenizer,
 )
@@ -187,6 +188,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     check_shape(args)
     check_attention(args)
     check_outputs(args, checkpoint)
+    check_room(args, hf_config)
     check_export(args)
     groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
     scored = [name for name in groups.manifest.dimensions if name != GENERAL]

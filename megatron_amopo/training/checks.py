@@ -7,13 +7,16 @@ record.
 
 import argparse
 import math
-import os
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_amopo import device
-from megatron_amopo.checkpoint.families import SequenceLimit
+from megatron_amopo.checkpoint.families import SequenceLimit, parameter_table
 from megatron_amopo.checkpoint.iterations import holds_checkpoint
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
@@ -132,6 +135,28 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
     )
 
 
+def check_room(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> None:
+    """Whether the ``--save`` folder, which is there, has room for a checkpoint."""
+    if args.save is None or args.skip_train:
+        return
+    needed, free = checkpoint_bytes(args, hf_config), shutil.disk_usage(args.save).free
+    if free < needed:
+        raise ConfigError(
+            f"--save {args.save}: a checkpoint takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        )
+
+
+def checkpoint_bytes(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> int:
+    """What a checkpoint of the model takes on the disk, about: weights and, unless it isn't saved, the optimizer's
+    state in float32 (the weights where they are computed in bfloat16, and Adam's two moments).
+    """
+    numbers = sum(math.prod(parameter.stored_shape) for parameter in parameter_table(hf_config))
+    of_weights = 2 if args.bf16 else 4
+    moments = 8 if args.optimizer == "adam" else 0
+    of_optimizer = 0 if args.no_save_optim else moments + (4 if args.bf16 else 0)
+    return numbers * (of_weights + of_optimizer)
+
+
 def check_shape(args: argparse.Namespace) -> None:
     """Whether the layout divides the model."""
     tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
@@ -209,5 +234,8 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{flag} {folder}: can't be made ({error.strerror})") from error
-        if not os.access(folder, os.W_OK):
-            raise ConfigError(f"{flag} {folder}: can't be written to")
+        try:
+            with tempfile.TemporaryFile(dir=folder):  # permissions alone don't tell of a file system that is read-only
+                pass
+        except OSError as error:
+            raise ConfigError(f"{flag} {folder}: can't be written to ({error.strerror})") from error

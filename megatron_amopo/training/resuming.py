@@ -30,8 +30,8 @@ def check_loadable(args: argparse.Namespace, flag: str, folder: Path) -> None:
     if flag == "--load" and args.ckpt_step:
         wanted = iteration_folder(folder, args.ckpt_step)
         if reason := why_unusable(wanted):
-            usable = ", ".join(str(n) for n in iterations(folder) if not why_unusable(iteration_folder(folder, n)))
-            raise CheckpointError(f"--ckpt-step {args.ckpt_step}: {wanted}: {reason}; usable are: {usable or 'none'}")
+            others = ", ".join(str(n) for n in iterations(folder) if not why_unusable(iteration_folder(folder, n)))
+            raise CheckpointError(f"--ckpt-step {args.ckpt_step}: {wanted}: {reason}; usable are: {others or 'none'}")
         return
     named = tracked(folder)
     reason = f"{TRACKER} is missing or damaged" if named is None else why_unusable(named)

@@ -22,7 +22,7 @@ from megatron.training import checkpointing, training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_amopo.checkpoint.iterations import iteration_folder, iterations, tracked, why_unusable
-from megatron_amopo.checkpoint.megatron import FORMAT
+from megatron_amopo.checkpoint.megatron import FORMAT, RELEASE
 from megatron_amopo.checkpoint.output_folder import sync
 from megatron_amopo.errors import AmopoError
 from megatron_amopo.training.survival_arguments import Retention
@@ -47,6 +47,7 @@ class Saving:
         self._folder, self._retention = Path(folder or ""), retention
         self._saves = folder is not None
         self._loaded: Path | None = None  # the checkpoint that the run went on from
+        self._complete: set[int] = set()  # of whose checkpoints that is known: a large model's take a while to look at
         self._unnamed = False  # whether a checkpoint was published since superfluous ones were looked for
         self._deleting: list[threading.Thread] = []
 
@@ -87,17 +88,23 @@ class Saving:
         if not self._unnamed or dist.get_rank() != 0:
             return
         named = tracked(self._folder)
-        if named is None or why_unusable(named) is not None:
+        current = int(named.name.removeprefix("iter_")) if named is not None and named.name != RELEASE else None
+        if current is None or not self._is_complete(current):
             return
         self._unnamed = False
-        usable = [n for n in iterations(self._folder) if why_unusable(iteration_folder(self._folder, n)) is None]
-        for number in self._retention.superfluous(usable, int(named.name.removeprefix("iter_"))):
+        usable = [number for number in iterations(self._folder) if self._is_complete(number)]
+        for number in self._retention.superfluous(usable, current):
             old = iteration_folder(self._folder, number)
             doomed = old.with_name(f".{old.name}.deleted")
             old.rename(doomed)
             thread = threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True})
             thread.start()
             self._deleting = [*(other for other in self._deleting if other.is_alive()), thread]
+
+    def _is_complete(self, number: int) -> bool:
+        if number not in self._complete and why_unusable(iteration_folder(self._folder, number)) is None:
+            self._complete.add(number)
+        return number in self._complete
 
     def _finalize_and_thin_out(self, *rest: Any, **options: Any) -> None:
         with self._failures():
@@ -156,7 +163,7 @@ def _publish(partial: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error)

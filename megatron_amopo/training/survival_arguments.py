@@ -6,9 +6,10 @@ Megatron.
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megatron_amopo import device
 from megatron_amopo.errors import ConfigError
@@ -34,10 +35,22 @@ class Retention:
 
 
 @dataclass(frozen=True)
+class BadStepConfig:
+    """What a bad step leads to, and beside losses and gradients that aren't finite, what makes one: multiples of the
+    median of the steps before, None for none.
+    """
+
+    action: Literal["stop", "skip"] = "stop"
+    loss_spike: float | None = None
+    grad_norm_spike: float | None = None
+
+
+@dataclass(frozen=True)
 class SurvivalConfig:
     """What is kept and tolerated."""
 
-    retention: Retention = Retention()
+    retention: Retention
+    bad_steps: BadStepConfig
 
 
 def add_survival_arguments(group: Any) -> None:
@@ -49,6 +62,21 @@ def add_survival_arguments(group: Any) -> None:
         help="delete all but the newest K checkpoints of --save, when a newer one is complete; those of every "
         "--save-retain-interval steps stay (default: all stay)",
     )
+
+    group.add_argument(
+        "--amopo-on-bad-step",
+        choices=["stop", "skip"],
+        default="stop",
+        help="what a step leads to whose loss or gradient is not finite, or a spike: the end of the run, or nothing "
+        "but a line in the log; either way the weights stay as they were (default: %(default)s)",
+    )
+    for name, what in (("loss", "mean loss"), ("grad-norm", "gradient's norm")):
+        group.add_argument(
+            f"--amopo-{name}-spike",
+            type=float,
+            metavar="X",
+            help=f"a step is bad if its {what} is more than X times the median of the steps before (default: no limit)",
+        )
 
 
 def prepare_async_save(args: argparse.Namespace) -> None:
@@ -84,4 +112,10 @@ def read_survival(args: argparse.Namespace) -> SurvivalConfig:
     newest = args.amopo_keep_checkpoints
     if newest is None and every is not None:
         newest = 1  # as Megatron means it
-    return SurvivalConfig(Retention(newest, every))
+    bad_steps = BadStepConfig(args.amopo_on_bad_step, args.amopo_loss_spike, args.amopo_grad_norm_spike)
+    for name in ("amopo_loss_spike", "amopo_grad_norm_spike"):
+        limit = getattr(args, name)
+        if limit is not None and not (math.isfinite(limit) and limit > 1):
+            raise ConfigError(f"--{name.replace('_', '-')} is {limit}; expected more than 1, a multiple of the median")
+    args.check_for_nan_in_loss_and_grad = False  # Megatron's: a look at every bucket, which can't name the records
+    return SurvivalConfig(Retention(newest, every), bad_steps)

@@ -9,7 +9,6 @@ of Megatron's training loop, which move between minor releases.
 import functools
 import os
 import platform
-import shutil
 import sys
 import time
 import warnings
@@ -41,11 +40,11 @@ from megatron.training.global_vars import (
 from megatron_amopo.checkpoint.import_cache import ImportFailed
 from megatron_amopo.data.batching import MicroBatches, SampleOrder
 from megatron_amopo.data.dataset import PreparedGroups
-from megatron_amopo.data.manifest import Manifest
-from megatron_amopo.data.model_prompts import ModelPrompts
 from megatron_amopo.errors import AmopoError
 from megatron_amopo.model.builder import build_model
 from megatron_amopo.training.arguments import RunConfig, open_validation, parse_arguments
+from megatron_amopo.training.bad_steps import StoppedByBadStep
+from megatron_amopo.training.checkpoint_arguments import resumed_arguments_told
 from megatron_amopo.training.hugging_face import export_last_step
 from megatron_amopo.training.ledger import LedgerFailed
 from megatron_amopo.training.multipliers import Multipliers, NoMultipliers
@@ -55,7 +54,7 @@ from megatron_amopo.training.recorder import Recorder
 from megatron_amopo.training.reference import Reference
 from megatron_amopo.training.reference_cache import check_named_cache, resumed_reference
 from megatron_amopo.training.run_files import EVALUATION_FILE, METRICS_FILE
-from megatron_amopo.training.run_record import check_resumed_run, write_run_record
+from megatron_amopo.training.run_record import check_resumed_run, describe_run_folder
 from megatron_amopo.training.saving import SaveFailed, Saving
 from megatron_amopo.training.starts import record_start
 from megatron_amopo.training.step import Step
@@ -78,12 +77,10 @@ def main() -> None:
         sys.exit(2)
     try:
         stopping = run(args, config)
-    except (FailedTogether, NoMultipliers, SaveFailed) as error:
-        if args.rank == 0:
+    except (FailedTogether, NoMultipliers, SaveFailed, StoppedByBadStep, LedgerFailed) as error:
+        # The last comes after a step, where none asks how the others fare: the rank that writes says it.
+        if args.rank == 0 or isinstance(error, LedgerFailed):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except LedgerFailed as error:  # after a step, where none asks how the others fare: the rank that writes says it
-        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
         dist.barrier()
@@ -131,7 +128,8 @@ def run(args: Namespace, config: RunConfig) -> Stopping:
     stopping = Stopping(args)
     saving = Saving(args.save, config.survival.retention)
     hooks = _OurHooks(config, observers, reference, multipliers, saving, stopping)
-    with stopping, observers, saving, hooks, multipliers.restored_from_checkpoints():
+    restored = (multipliers.restore, observers.bad_steps.restore)
+    with stopping, observers, saving, hooks, resumed_arguments_told(*restored):
         training.pretrain(
             container,
             _datasets_provider(config, reference),
@@ -270,7 +268,9 @@ class _OurHooks:
             setattr(training, name, function)
 
     def _setup(self, *rest: Any, **options: Any) -> Any:
-        model, *others = self.original["setup_model_and_optimizer"](*rest, **options)
+        model, optimizer, *others = self.original["setup_model_and_optimizer"](*rest, **options)
+        if optimizer is not None:  # absent where the run only evaluates
+            self.observers.bad_steps.watch(optimizer)
         # As in Megatron's first step: all weights are there, none has to be gathered before it is used.
         gathered_late = training.should_disable_forward_pre_hook(get_args())
         if gathered_late:
@@ -279,7 +279,7 @@ class _OurHooks:
         if gathered_late:
             training.enable_forward_pre_hook(model)
         self.observers.start(get_args().iteration)
-        return model, *others
+        return model, optimizer, *others
 
     def _record(self) -> Recorder | None:
         """The recorder, on the last rank: it holds the last pipeline stage and Megatron's writers."""
@@ -328,17 +328,28 @@ class _OurHooks:
     def _train_step(self, *rest: Any, iteration: int, **options: Any) -> Any:
         self.observers.begin_step(iteration + 1)
         result = self.original["train_step"](*rest, iteration=iteration, **options)
+        self._judge(iteration + 1)
         conflict = self.observers.end_step(iteration + 1)
         if conflict is not None and (recorder := self._record()):
             recorder.conflict(iteration + 1, conflict)
         return result
+
+    def _judge(self, step: int) -> None:
+        bad_steps = self.observers.bad_steps
+        if bad_steps.latest is not None and (recorder := self._record()):
+            recorder.bad_step(step, bad_steps.latest)
+        try:
+            bad_steps.check(step)
+        except StoppedByBadStep:
+            training.maybe_finalize_async_save(blocking=True)  # what is being saved is still good
+            raise
 
     def _training_log(
         self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *rest: Any, **options: Any
     ) -> Any:
         _loss_scale, _report_memory, skipped, grad_norm, *_ = rest
         if loss_dict and (recorder := self._record()):
-            measured = {**loss_dict, **self.multipliers.metrics()}
+            measured = {**loss_dict, **self.multipliers.metrics()} if not skipped else {}
             recorder.step(iteration, measured, learning_rate=learning_rate, grad_norm=grad_norm)
         self.multipliers.step(loss_dict, skipped=bool(skipped), grad_norm=grad_norm)
         shown = {name: value for name, value in loss_dict.items() if name == "loss"}
@@ -372,14 +383,10 @@ class _OurHooks:
             return None
         self.observers.before_checkpoint()
         if dist.get_rank() == 0 and not self.described:
-            save = Path(get_args().save)
-            _copy_hf_folder(self.config.hf_folder, save / "hf")
-            prompts = ModelPrompts.of_run(Manifest.load(self.config.data), self.config.dimensions)
-            if prompts is not None:
-                prompts.save(save / "hf")
-            write_run_record(save, self.config, self.reference.identity)
+            describe_run_folder(Path(get_args().save), self.config, self.reference.identity)
             self.described = True
         self.multipliers.save_into(get_args())
+        self.observers.bad_steps.save_into(get_args())
         result = self.original["save_checkpoint"](iteration, *rest, **options)
         self.saving.thin_out()
         return result
@@ -389,14 +396,3 @@ class _OurHooks:
         if stops:
             self.stopping.stopped(iteration)
         return stops
-
-
-def _copy_hf_folder(source: Path, target: Path) -> None:
-    """Copy config and tokenizer files beside the checkpoint, so that it can be exported and resumed by itself."""
-    if target.exists() and target.samefile(source):
-        return
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    shutil.rmtree(target, ignore_errors=True)  # of a run that never saved: check_outputs refuses any other
-    os.replace(partial, target)
