@@ -32,8 +32,8 @@ def write(folder: Path, kills: "Sequence[Kill]", faults: Sequence[str], *, seed:
 
     starts = [kill.start_seconds for kill in kills if kill.start_seconds is not None]
     one_dies = [kill.seconds_to_end for kill in kills if kill.manner.startswith("SIGKILL to one")]
-    terms = [kill.seconds_to_end for kill in kills if kill.manner.startswith("SIGTERM")]
-    requeued = sum(set(kill.codes) == {75} for kill in kills if kill.manner.startswith("SIGTERM"))
+    heard = [kill for kill in kills if kill.manner.startswith("SIGTERM") and kill.phase in ("step", "save")]
+    requeued = [kill.seconds_to_end for kill in heard if set(kill.codes) == {75}]
     lost = [kill.step - kill.saved for kill in kills if kill.manner.startswith("SIGKILL") and kill.step >= kill.saved]
     costs = [
         [what, _text(values, unit)]
@@ -41,7 +41,7 @@ def write(folder: Path, kills: "Sequence[Kill]", faults: Sequence[str], *, seed:
             ("from a start to the end of its first step (without the import of Megatron)", starts, "s"),
             ("steps to do again after SIGKILL", lost, ""),
             ("from the death of one rank to the end of the other", one_dies, "s"),
-            ("from SIGTERM to the end of both ranks, with a checkpoint", terms, "s"),
+            ("from SIGTERM to the end of both ranks, with a checkpoint", requeued, "s"),
         )
         if values
     ]
@@ -54,7 +54,7 @@ def write(folder: Path, kills: "Sequence[Kill]", faults: Sequence[str], *, seed:
 | kills | {len(kills)} |
 | checkpoints that were there and could not be loaded, over all kills | {unusable} |
 | differences from the undisturbed run, and other faults | {len(faults) - unusable} |
-| SIGTERM with exit code 75 on both ranks | {requeued} of {len(terms)} |
+| SIGTERM to one rank in training that ended both with a checkpoint and code 75 | {len(requeued)} of {len(heard)} |
 
 What the first rank was doing when the signal came:
 
@@ -63,8 +63,9 @@ What it costs:
 
 {markdown_table(["", "median (least – most)"], costs)}
 "start" is all before a checkpoint is loaded, "load" reading it and what precedes the first step, "step" training,
-during which asynchronous saves are written, "save" what training waits for. SIGTERM before "step" begins is heard after
-the first step, or ends a process that isn't listening yet.
+during which asynchronous saves are written, "save" what training waits for. Before the first step there is nothing to
+save, and SIGTERM ends the process at once. A rank that waits for another one to appear does so for two minutes here
+(`--distributed-timeout-minutes`) where no torchrun ends it.
 """
     if faults:
         text += "\nFaults:\n\n" + "".join(f"- {fault}\n" for fault in faults)

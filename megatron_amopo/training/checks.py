@@ -142,7 +142,7 @@ def check_room(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> None:
     needed, free = checkpoint_bytes(args, hf_config), shutil.disk_usage(args.save).free
     if free < needed:
         raise ConfigError(
-            f"--save {args.save}: a checkpoint takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+            f"--save {args.save}: a checkpoint takes about {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
         )
 
 

@@ -24,6 +24,8 @@ from megatron_amopo.training.run_files import REQUEUE_FILE
 #: Exit code of a run that stopped before its last step with all its state saved: the same command goes on. It is
 #: EX_TEMPFAIL of sysexits.h, "try again later".
 REQUEUE = 75
+#: What is said where another rank ended in the middle of something common.
+LOST_RANK = "lost another rank, which ended or hangs; its own message, or the launcher's report, says why"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -77,20 +79,23 @@ class Stopping:
         self.step: int | None = None
 
     def __enter__(self) -> "Stopping":
-        if self._signals is not None:
-            self._args.exit_signal_handler = True
-            global_vars._GLOBAL_SIGNAL_HANDLER = self._signals.__enter__()
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, *__: Any) -> bool:
         """The run is over; Megatron's way to stop early, an exit without a code, is no error."""
-        if self._signals is not None:
+        if self._signals is not None and self._args.exit_signal_handler:
             self._signals.release()
         return isinstance(error, SystemExit) and not error.code
 
     def begin(self) -> None:
-        """The run begins to train: what an earlier one said no longer holds."""
-        if self._signals is not None and self._args.rank == 0:
+        """The run begins to train: from now on signals wait for the end of a step, as there is something to save; and
+        what an earlier start said no longer holds.
+        """
+        if self._signals is None:
+            return
+        self._args.exit_signal_handler = True
+        global_vars._GLOBAL_SIGNAL_HANDLER = self._signals.__enter__()
+        if self._args.rank == 0:
             (Path(self._args.save) / REQUEUE_FILE).unlink(missing_ok=True)
 
     def stopped(self, step: int) -> None:
@@ -110,6 +115,11 @@ class Stopping:
                 flush=True,
             )
         sys.exit(REQUEUE)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error says that other ranks are gone. gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _write(path: Path, text: str) -> None:

@@ -58,7 +58,7 @@ from megatron_amopo.training.run_record import check_resumed_run, describe_run_f
 from megatron_amopo.training.saving import SaveFailed, Saving
 from megatron_amopo.training.starts import record_start
 from megatron_amopo.training.step import Step
-from megatron_amopo.training.stopping import Stopping
+from megatron_amopo.training.stopping import LOST_RANK, Stopping, is_lost_rank
 from megatron_amopo.training.together import FailedTogether
 
 
@@ -82,6 +82,11 @@ def main() -> None:
         if args.rank == 0 or isinstance(error, LedgerFailed):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        print(f"error: rank {args.rank} ({platform.node()}) {LOST_RANK}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -243,25 +248,18 @@ class _OurHooks:
         self.described = False
 
     def __enter__(self) -> None:
-        self.original = {
-            name: getattr(training, name)
-            for name in (
-                "setup_model_and_optimizer",
-                "train_step",
-                "training_log",
-                "evaluate_and_print_results",
-                "train",
-                "save_checkpoint",
-                "checkpoint_and_decide_exit",
-            )
+        ours = {
+            "setup_model_and_optimizer": self._setup,
+            "train_step": self._train_step,
+            "training_log": self._training_log,
+            "evaluate_and_print_results": self._evaluate,
+            "train": self._train,
+            "save_checkpoint": self._save_checkpoint,
+            "checkpoint_and_decide_exit": self._decide_exit,
         }
-        training.setup_model_and_optimizer = self._setup
-        training.train_step = self._train_step
-        training.training_log = self._training_log
-        training.evaluate_and_print_results = self._evaluate
-        training.train = self._train
-        training.save_checkpoint = self._save_checkpoint
-        training.checkpoint_and_decide_exit = self._decide_exit
+        self.original = {name: getattr(training, name) for name in ours}
+        for name, function in ours.items():
+            setattr(training, name, function)
 
     def __exit__(self, *exc: Any) -> None:
         for name, function in self.original.items():
