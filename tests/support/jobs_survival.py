@@ -66,8 +66,8 @@ def command_on_a_small_disk(flags: list[str], *, most_bytes: int) -> tuple[int, 
 
 
 def seconds_after_death(flags: list[str], *, rank: int, step: int) -> tuple[int, float, str]:
-    """A run on forks of the ranks, one of which dies (SIGKILL) in the middle of a step: its exit code, when it ended (by
-    a clock that all ranks share), what it said.
+    """A run on forks of the ranks, one of which dies (SIGKILL) in the middle of a step: its exit code, when it ended
+    (by a clock that all ranks share), what it said.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
