@@ -1,6 +1,7 @@
 """Runs that something happens to: what is left is usable, and what goes on is the run that was never stopped."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from megatron_amopo.data.dataset import PreparedGroups
 from tests.support.jobs import command
 from tests.support.jobs_survival import (
     command_on_a_small_disk,
+    command_with_death,
     command_with_factor,
     command_with_signal,
-    seconds_after_death,
 )
 
 TIMING = {"records_per_s", "tokens_per_s"}
@@ -88,7 +89,7 @@ def test_what_can_not_be_loaded_is_passed_over(ranks, workplace, tmp_path, strai
 
 def test_the_newest_checkpoints_are_kept(ranks, workplace, tmp_path, straight):
     """Synchronous saves, then asynchronous ones that go on from them."""
-    own = flags(workplace, tmp_path, "--save-interval", "1", "--use-distributed-optimizer")
+    own = flags(workplace, tmp_path, "--save-interval", "1")
     assert codes(ranks.run(command, 2, [*own, "--amopo-keep-checkpoints", "2", "--exit-interval", "3"])) == [75, 75]
     assert iterations(tmp_path) == [3, 2]
     for name in (".iter_0000009.partial", ".iter_0000001.deleted", "iter_0000008"):  # of a run that was killed
@@ -107,8 +108,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(ranks, workplace, tmp_path):
     failed = ranks.run(command_on_a_small_disk, 2, own, most_bytes=2**18)
     assert codes(failed) == [2, 2]
     assert f"error: --save {tmp_path}: a checkpoint can't be written: " in failed[0][2]
-    assert "File too large" in failed[0][2]
-    assert "the newest checkpoint is iter_0000002" in failed[0][2]
+    assert " GiB are free there; the newest checkpoint is iter_0000002" in failed[0][2]
     assert iterations(tmp_path) == [2]
 
 
@@ -169,11 +169,11 @@ def test_a_spike_is_seen_after_a_resume_as_without_one(ranks, workplace, tmp_pat
     assert f"times the median of 4 steps before, over records {record}, " in ended[0][2]
 
 
-def test_a_rank_that_dies_takes_the_others_down(ranks, workplace, tmp_path):
-    (code, ended, said), (killed, died, _) = ranks.run(
-        seconds_after_death, 2, flags(workplace, tmp_path), rank=1, step=3
-    )
-    assert (code, killed) == (1, -signal.SIGKILL)
-    assert ended - died < 10
-    assert "error: rank 0 (" in said
-    assert "lost another rank, which ended or hangs" in said
+def test_a_rank_that_is_gone_takes_the_others_down(ranks, workplace, tmp_path):
+    """In seconds, with a message; what kills it is benchmarks/soak.py's business."""
+    start = time.monotonic()
+    survivor, gone = ranks.run(command_with_death, 2, flags(workplace, tmp_path), rank=1, step=3)
+    assert (survivor[0], gone[0]) == (1, None)
+    assert "error: rank 0 (" in survivor[2]
+    assert "lost another rank, which ended or hangs" in survivor[2]
+    assert time.monotonic() - start < 60

@@ -1,10 +1,7 @@
 """Jobs for :class:`megatron_amopo.certification.ranks.RankPool` about runs that something happens to."""
 
-import multiprocessing
 import os
 import resource
-import signal
-import time
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -45,7 +42,7 @@ def command_with_factor(flags: list[str], record: int, factor: float, *, least: 
 
     def changed_objective(*inputs):
         result = objective(*inputs)
-        return replace(result, loss=torch.where(ids[0] == record, result.loss * factor, result.loss))
+        return replace(result, loss=result.loss * torch.where(ids[0] == record, factor, 1.0))
 
     with (
         patch.object(step, "loss_and_metrics", compute_of_known_records),
@@ -65,25 +62,28 @@ def command_on_a_small_disk(flags: list[str], *, most_bytes: int) -> tuple[int, 
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def seconds_after_death(flags: list[str], *, rank: int, step: int) -> tuple[int, float, str]:
-    """A run on forks of the ranks, one of which dies (SIGKILL) in the middle of a step: its exit code, when it ended
-    (by a clock that all ranks share), what it said.
+def command_with_death(flags: list[str], *, rank: int, step: int) -> tuple[int | None, str, str]:
+    """:func:`tests.support.jobs.command`, one of whose ranks is gone in the middle of a step: nothing answers for it,
+    and its connections are closed. It gives None as its code.
     """
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
+    from megatron_amopo.training import train
 
-    def run() -> None:
-        code, _, errors = command_with_signal(flags, signal.SIGKILL, rank=rank, step=step)
-        theirs.send((code, errors))
-        os._exit(code)
+    original = train.Step.__call__
+    calls = 0
 
-    process = context.Process(target=run)
-    process.start()
-    theirs.close()
-    process.join(120)
-    ended = time.monotonic()
-    hangs = process.is_alive()
-    process.kill()
-    process.join()
-    code, errors = ours.recv() if ours.poll() and not hangs and process.exitcode != -signal.SIGKILL else (None, "")
-    return (process.exitcode if code is None else code), ended, errors
+    def forward(self: train.Step, *inputs):
+        nonlocal calls
+        calls += 1
+        if calls == step and dist.get_rank() == rank:
+            raise _GoneError
+        return original(self, *inputs)
+
+    with patch.object(train.Step, "__call__", forward):
+        try:
+            return command(flags)
+        except _GoneError:
+            return None, "", ""
+
+
+class _GoneError(Exception):
+    pass
