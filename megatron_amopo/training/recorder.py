@@ -11,15 +11,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_amopo.training.bad_steps import BadStep
 from megatron_amopo.training.leakage import LeakageMatrix
+
+if TYPE_CHECKING:  # it comes with Megatron, which nothing here needs
+    from megatron_amopo.training.bad_steps import BadStep
 
 
 class ScalarWriter(Protocol):
@@ -101,7 +103,7 @@ class Recorder:
             soft_wrap=True,
         )
 
-    def bad_step(self, iteration: int, bad: BadStep) -> None:
+    def bad_step(self, iteration: int, bad: "BadStep") -> None:
         """Take a step that didn't change the weights, with the records behind it."""
         figures = {"loss": bad.loss, "grad_norm": bad.grad_norm}
         records = {"reason": bad.reason, "not_finite": bad.suspects, "records": list(bad.records)}
