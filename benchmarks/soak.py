@@ -132,7 +132,7 @@ class Soak:
         aim = rng.choices(list(AIMS), list(AIMS.values()))[0]
         manner = rng.choices(list(MANNERS), list(MANNERS.values()))[0]
         times = rng.randint(1, 3) if aim is Phase.SAVE else rng.randint(1, 20) if aim is Phase.STEP else 1
-        delay = rng.random() * {Phase.START: 2.0, Phase.LOAD: 0.5, Phase.STEP: 0.1, Phase.SAVE: 0.3}[aim]
+        delay = rng.random() * {Phase.START: 0.8, Phase.LOAD: 0.5, Phase.STEP: 0.1, Phase.SAVE: 0.3}[aim]
         victim = None if manner.endswith("all ranks") else rng.randint(0, 1)
         asynchronous = rng.random() < 0.4
 

@@ -31,7 +31,7 @@ def write(folder: Path, kills: "Sequence[Kill]", faults: Sequence[str], *, seed:
     hits.append(["all", *(sum(by[m, phase] for m in manners) for phase in phases), len(kills)])
 
     starts = [kill.start_seconds for kill in kills if kill.start_seconds is not None]
-    one_dies = [kill.seconds_to_end for kill in kills if kill.manner.startswith("SIGKILL to one")]
+    one_dies = [k.seconds_to_end for k in kills if k.manner.startswith("SIGKILL to one") and k.phase != "start"]
     heard = [kill for kill in kills if kill.manner.startswith("SIGTERM") and kill.phase in ("step", "save")]
     requeued = [kill.seconds_to_end for kill in heard if set(kill.codes) == {75}]
     lost = [kill.step - kill.saved for kill in kills if kill.manner.startswith("SIGKILL") and kill.step >= kill.saved]
@@ -64,8 +64,8 @@ What it costs:
 {markdown_table(["", "median (least – most)"], costs)}
 "start" is all before a checkpoint is loaded, "load" reading it and what precedes the first step, "step" training,
 during which asynchronous saves are written, "save" what training waits for. Before the first step there is nothing to
-save, and SIGTERM ends the process at once. A rank that waits for another one to appear does so for two minutes here
-(`--distributed-timeout-minutes`) where no torchrun ends it.
+save, and SIGTERM ends the process at once. Deaths in "start" are left out of the last row but one: a rank that waits
+for another to appear does so for two minutes here (`--distributed-timeout-minutes`), where no torchrun ends it.
 """
     if faults:
         text += "\nFaults:\n\n" + "".join(f"- {fault}\n" for fault in faults)
