@@ -133,14 +133,16 @@ class Saving:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Failures to write, which Megatron tells all ranks, but gives the reason to the first alone, as our error."""
+        """Failures to write as our error. Megatron raises them on all ranks, with the reason on the first."""
         try:
             yield
         except (CheckpointException, CheckpointingException, OSError) as error:
             newest = tracked(self._folder)
             kept = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint"
+            free = shutil.disk_usage(self._folder).free / 2**30  # Megatron's errors don't always tell of a full disk
             raise SaveFailed(
-                f"--save {self._folder}: a checkpoint can't be written: {_reason(error)}; {kept}"
+                f"--save {self._folder}: a checkpoint can't be written: {_reason(error)}; {free:.1f} GiB are free there; "
+                f"{kept}"
             ) from error
 
 

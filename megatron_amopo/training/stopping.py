@@ -34,7 +34,7 @@ class StopSignals(DistributedSignalHandler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._received: int = 0
+        self._received = 0  # a signal's number
 
     def __enter__(self) -> "StopSignals":
         self.released = False
@@ -46,9 +46,9 @@ class StopSignals(DistributedSignalHandler):
 
     def signals_received(self) -> list[bool]:
         """Whether any rank has received one, the same on all. A collective call of all ranks."""
-        self.agreed = torch.tensor(self._received, device=device.current_device())
-        dist.all_reduce(self.agreed, op=dist.ReduceOp.MAX)
-        self._received = int(self.agreed)
+        agreed = torch.tensor(self._received, device=device.current_device())
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        self._received = int(agreed)
         return [bool(self._received)]
 
     @property
