@@ -71,7 +71,7 @@ class BadSteps:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._in_a_row = 0
-        self._norm: float | None = None
+        self._norm: Any = None  # of the gradient: a number, or a tensor where TE or apex computes it
         self.latest: BadStep | None = None  # of the step that has just ended
 
     def add(self, batch: GroupBatch, _pairs: Pairs, result: AmopoLoss) -> None:
@@ -84,27 +84,33 @@ class BadSteps:
 
     def watch(self, optimizer: Any) -> None:
         """Stand between the gradient's norm and the update of the weights in Megatron's ``optimizer``."""
-        measure, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+        measure, clip, update = optimizer.get_grad_norm, optimizer.clip_grad_norm, optimizer.step_with_ready_grads
 
         def get_grad_norm() -> Any:
             self._norm = measure()
             return self._norm
 
+        def clip_grad_norm(limit: float) -> Any:
+            self._norm = clip(limit)
+            return self._norm
+
         def step_with_ready_grads() -> bool:
-            return self._may_update() and update()
+            norm = get_grad_norm() if self._norm is None else self._norm
+            return self._may_update(float(norm)) and update()
 
-        optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
+        # Before the update, a chain of optimizers calls the first, a single one the second, if it clips at all.
+        optimizer.get_grad_norm, optimizer.clip_grad_norm = get_grad_norm, clip_grad_norm
+        optimizer.step_with_ready_grads = step_with_ready_grads
 
-    def _may_update(self) -> bool:
-        """The verdict. A collective call of all ranks."""
+    def _may_update(self, norm: float) -> bool:
+        """The verdict on a step whose gradient has this norm. A collective call of all ranks."""
         first = mpu.get_tensor_model_parallel_rank() == 0  # the others of its group hold the same
         rows = self._batches if first else []
         sums = torch.zeros(4, dtype=torch.float64, device=device.current_device())
         for _, counted, losses in rows:
             kept = torch.where(counted, losses, 0.0)
             sums[:3] += torch.stack([kept.double().sum(), counted.sum().double(), (~kept.isfinite()).sum().double()])
-        assert self._norm is not None, "the optimizer computes its norm before it updates"
-        sums[3] = float(self._norm)
+        sums[3] = norm
         dist.all_reduce(sums)
         total, count, not_finite, norms = sums.tolist()
         loss, norm = total / max(count, 1), norms / dist.get_world_size()

@@ -141,8 +141,8 @@ class Saving:
             kept = f"the newest checkpoint is {newest.name}" if newest else "there is no checkpoint"
             free = shutil.disk_usage(self._folder).free / 2**30  # Megatron's errors don't always tell of a full disk
             raise SaveFailed(
-                f"--save {self._folder}: a checkpoint can't be written: {_reason(error)}; {free:.1f} GiB are free there; "
-                f"{kept}"
+                f"--save {self._folder}: a checkpoint can't be written: {_reason(error)}; {free:.1f} GiB are free "
+                f"there; {kept}"
             ) from error
 
 
