@@ -172,7 +172,8 @@ def test_a_spike_is_seen_after_a_resume_as_without_one(ranks, workplace, tmp_pat
 def test_a_rank_that_is_gone_takes_the_others_down(ranks, workplace, tmp_path):
     """In seconds, with a message; what kills it is benchmarks/soak.py's business."""
     start = time.monotonic()
-    survivor, gone = ranks.run(command_with_death, 2, flags(workplace, tmp_path), rank=1, step=3)
+    own = flags(workplace, tmp_path, "--distributed-timeout-minutes", "1")
+    survivor, gone = ranks.run(command_with_death, 2, own, rank=1, step=3)
     assert (survivor[0], gone[0]) == (1, None)
     assert "error: rank 0 (" in survivor[2]
     assert "lost another rank, which ended or hangs" in survivor[2]
