@@ -37,6 +37,7 @@ AIMS = {Phase.START: 0.15, Phase.LOAD: 0.1, Phase.STEP: 0.3, Phase.SAVE: 0.45}
 #: How runs are killed, with their shares.
 MANNERS = {"SIGKILL to all ranks": 0.7, "SIGKILL to one rank": 0.15, "SIGTERM to one rank": 0.15}
 _PATIENCE_S = 300
+_LAUNCHER_S = 5
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ class Soak:
             return
         signalled = time.monotonic()
         run.kill(signal.SIGTERM if manner.startswith("SIGTERM") else signal.SIGKILL, victim)
+        if phase is Phase.START and not run.wait(_LAUNCHER_S):
+            run.kill(signal.SIGTERM)  # as a launcher does at once: a rank may wait for one that never appears
         if not run.wait(_PATIENCE_S):
             self._fault(f"kill {len(self.kills)}: ranks hang after {manner} in {phase.name}")
         ended = time.monotonic() - signalled

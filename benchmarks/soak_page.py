@@ -65,7 +65,7 @@ What it costs:
 "start" is all before a checkpoint is loaded, "load" reading it and what precedes the first step, "step" training,
 during which asynchronous saves are written, "save" what training waits for. Before the first step there is nothing to
 save, and SIGTERM ends the process at once. Deaths in "start" are left out of the last row but one: a rank that waits
-for another to appear does so for two minutes here (`--distributed-timeout-minutes`), where no torchrun ends it.
+for another to appear does so for as long as `--distributed-timeout-minutes` says, where no launcher ends it.
 """
     if faults:
         text += "\nFaults:\n\n" + "".join(f"- {fault}\n" for fault in faults)

@@ -1,7 +1,10 @@
 """Jobs for :class:`megatron_amopo.certification.ranks.RankPool` about runs that something happens to."""
 
+import contextlib
 import os
 import resource
+import socket
+import stat
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -75,6 +78,7 @@ def command_with_death(flags: list[str], *, rank: int, step: int) -> tuple[int |
         nonlocal calls
         calls += 1
         if calls == step and dist.get_rank() == rank:
+            _shut_connections()
             raise _GoneError
         return original(self, *inputs)
 
@@ -87,3 +91,13 @@ def command_with_death(flags: list[str], *, rank: int, step: int) -> tuple[int |
 
 class _GoneError(Exception):
     pass
+
+
+def _shut_connections() -> None:
+    """End this process' connections over the network, as the system does when a process dies."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        connection.shutdown(socket.SHUT_RDWR)
