@@ -33,6 +33,7 @@ RECOMPUTE=${RECOMPUTE:-none}           # or selective, full
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}       # records per step
 MAX_TOKENS=${MAX_TOKENS:-$((8 * CUTOFF))} # of a micro-batch, see below
 SAVE_INTERVAL=${SAVE_INTERVAL:-50}     # steps; a checkpoint with optimizer takes 14 bytes × 32.8e9 = 459e9
+KEEP=${KEEP:-2}                        # checkpoints; older ones are deleted when a newer one is complete
 EVAL_INTERVAL=${EVAL_INTERVAL:-50}
 
 # Why TP 8 × DP = NODES. All figures are estimates, in bytes; none has been measured. An H100 has 85e9.
@@ -63,7 +64,7 @@ OBJECTIVE=(--amopo-pairwise simpo --amopo-beta 0.8 --amopo-gamma 2.0 --amopo-epo
 OPTIMIZER=(--optimizer adam --lr 3e-7 --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1 --clip-grad 3.0
   --weight-decay 0)
 BATCH=(--global-batch-size "$GLOBAL_BATCH" --amopo-max-tokens-per-micro-batch "$MAX_TOKENS")
-INTERVALS=(--save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --log-interval 1)
+INTERVALS=(--amopo-keep-checkpoints "$KEEP" --save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --log-interval 1)
 
 set_precision "$PRECISION" "$FP8_RECIPE" "$FP8_BF16_LAYERS"
 set_recompute "$RECOMPUTE"

@@ -14,7 +14,7 @@ from megatron_amopo.errors import ConfigError
 from megatron_amopo.planning.hardware import Gpu
 from megatron_amopo.planning.layout import Layout, Options
 from megatron_amopo.planning.sizes import ModelSizes
-from megatron_amopo.training.checks import check_before, check_shape
+from megatron_amopo.training.checks import LEAST, check_before, check_shape
 from megatron_amopo.training.fp8 import check_fp8
 
 PROJECT, MEGATRON, HARDWARE = "megatron-amopo", "Megatron", "hardware"
@@ -93,21 +93,16 @@ def _of_megatron(sizes: ModelSizes, layout: Layout, options: Options) -> Iterato
 
 def _arguments(sizes: ModelSizes, layout: Layout, options: Options, world_size: int) -> Namespace:
     """What the project's checks read of Megatron's arguments and ours."""
-    return Namespace(
+    args = Namespace(**dict.fromkeys(LEAST))  # of most flags, that they aren't given
+    vars(args).update(
         amopo_data="data",
-        amopo_max_tokens_per_micro_batch=None,
         amopo_epochs=1,
-        amopo_seed=None,
-        amopo_conflict_interval=None,
-        amopo_head_buffer_mib=None,
         train_iters=None,
         train_samples=None,
         skip_train=False,
         lr=1.0,
         seed=1,
         log_interval=1,
-        eval_micro_batch_size=None,
-        eval_global_batch_size=None,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
@@ -117,7 +112,6 @@ def _arguments(sizes: ModelSizes, layout: Layout, options: Options, world_size: 
         num_layers=sizes.layers,
         num_attention_heads=sizes.heads,
         num_query_groups=sizes.kv_heads,
-        amopo_fp8_check_interval=None,
         fp8="hybrid" if options.is_fp8 else None,
         fp8_recipe=options.fp8_recipe,
         first_last_layers_bf16=False,
@@ -127,3 +121,4 @@ def _arguments(sizes: ModelSizes, layout: Layout, options: Options, world_size: 
         ffn_hidden_size=sizes.ffn,
         kv_channels=sizes.head_size,
     )
+    return args

@@ -35,6 +35,7 @@ from megatron_amopo.training.checks import (
     check_checkpoint,
     check_data,
     check_outputs,
+    check_room,
     check_shape,
     check_tokenizer,
 )
@@ -44,6 +45,13 @@ from megatron_amopo.training.objective_arguments import add_objective_arguments,
 from megatron_amopo.training.observer_arguments import ObserverConfig, add_observer_arguments, read_observers
 from megatron_amopo.training.reference_cache import add_reference_arguments, check_reference_flags
 from megatron_amopo.training.supported_flags import Flag, check_flags, read_flags
+from megatron_amopo.training.survival_arguments import (
+    SurvivalConfig,
+    add_survival_arguments,
+    choose_async_writer,
+    prepare_async_save,
+    read_survival,
+)
 
 #: Where this project departs from Megatron's own defaults, by the names of its argument namespace.
 DEFAULTS: dict[str, Any] = {
@@ -83,6 +91,7 @@ class RunConfig:
     eval_at_start: bool
     dump_logps: Path | None
     observers: ObserverConfig
+    survival: SurvivalConfig
     attention: str
     head_buffer_mib: int
     vocab_size: int  # without padding
@@ -107,6 +116,7 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     add_objective_arguments(group)
     add_reference_arguments(group)
     add_observer_arguments(group)
+    add_survival_arguments(group)
     add(
         "--amopo-epochs", type=int, help="passes over the training records; instead of --train-iters or --train-samples"
     )
@@ -181,6 +191,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     check_fp8_device(args)
     check_attention(args)
     check_outputs(args, checkpoint)
+    check_room(args, hf_config)
     check_export(args)
     groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
     scored = [name for name in groups.manifest.dimensions if name != GENERAL]
@@ -200,12 +211,14 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     observers = read_observers(args, groups.dimensions, scored, has_validation=validation is not None)
     if args.amopo_max_tokens_per_micro_batch is not None:
         _set_micro_batch_sizes(args, groups, validation, num_samples, data_parallel_size)
+    prepare_async_save(args)
     try:
         validate_args(args)
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         # Some of its assertions say nothing; then the line that failed has to do.
         reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ConfigError(f"Megatron refuses these flags: {reason}") from error
+    choose_async_writer(args)
     # After validation, which resets the first; the second is what the first asks of a configuration check.
     args.variable_seq_lengths = True
     args.moe_token_dispatcher_type = "alltoall"
@@ -222,6 +235,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         eval_at_start=args.amopo_eval_at_start,
         dump_logps=args.amopo_dump_logps,
         observers=observers,
+        survival=read_survival(args),
         attention=args.amopo_attention,
         head_buffer_mib=args.amopo_head_buffer_mib,
         vocab_size=args.vocab_size,

@@ -7,20 +7,25 @@ record.
 
 import argparse
 import math
-import os
+import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_amopo import device
-from megatron_amopo.checkpoint.families import SequenceLimit
+from megatron_amopo.checkpoint.families import SequenceLimit, parameter_table
+from megatron_amopo.checkpoint.iterations import holds_checkpoint
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError, DataError
 from megatron_amopo.model.attention import select_backend
+from megatron_amopo.training.resuming import check_loadable
 
 #: The least that a number may be.
-_LEAST = {
+LEAST = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
@@ -36,6 +41,7 @@ _LEAST = {
     "amopo_conflict_interval": 1,
     "amopo_fp8_check_interval": 1,
     "amopo_head_buffer_mib": 1,
+    "amopo_keep_checkpoints": 1,
 }
 
 
@@ -43,7 +49,7 @@ def check_before(args: argparse.Namespace) -> None:
     """What can be told from the flags alone, before any file is read."""
     if args.amopo_data is None:
         raise ConfigError("--amopo-data is missing: give the folder that tools/prepare_preferences.py wrote")
-    for name, least in _LEAST.items():
+    for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected {least} or more")
@@ -97,7 +103,7 @@ def _check_micro_batches(args: argparse.Namespace) -> None:
 
 def check_checkpoint(args: argparse.Namespace) -> Path:
     """The folder whose checkpoint the run continues or starts from: ``--load`` if it holds one, else
-    ``--pretrained-checkpoint``.
+    ``--pretrained-checkpoint``. What it holds can be loaded.
     """
     sources = [
         (flag, Path(value))
@@ -110,7 +116,8 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
             "(made by tools/convert_checkpoint.py hf-to-megatron) or --load DIR"
         )
     for flag, folder in sources:
-        if (folder / "latest_checkpointed_iteration.txt").is_file():
+        if holds_checkpoint(folder):
+            check_loadable(args, flag, folder)
             if not (folder / "hf" / "config.json").is_file():
                 raise ConfigError(
                     f"{flag} {folder} holds no hf/config.json, so the model's shape is unknown: copy the hf folder of "
@@ -127,6 +134,28 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
         ", ".join(f"{flag} {folder} holds no checkpoint" for flag, folder in sources)
         + " (no latest_checkpointed_iteration.txt)"
     )
+
+
+def check_room(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> None:
+    """Whether the ``--save`` folder, which is there, has room for a checkpoint."""
+    if args.save is None or args.skip_train:
+        return
+    needed, free = checkpoint_bytes(args, hf_config), shutil.disk_usage(args.save).free
+    if free < needed:
+        raise ConfigError(
+            f"--save {args.save}: a checkpoint takes about {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
+        )
+
+
+def checkpoint_bytes(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> int:
+    """What a checkpoint of the model takes on the disk, about: weights and, unless it isn't saved, the optimizer's
+    state in float32 (the weights where they are computed in bfloat16, and Adam's two moments).
+    """
+    numbers = sum(math.prod(parameter.stored_shape) for parameter in parameter_table(hf_config))
+    of_weights = 2 if args.bf16 else 4
+    moments = 8 if args.optimizer == "adam" else 0
+    of_optimizer = 0 if args.no_save_optim else moments + (4 if args.bf16 else 0)
+    return numbers * (of_weights + of_optimizer)
 
 
 def check_shape(args: argparse.Namespace) -> None:
@@ -191,8 +220,7 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
     """
     if args.save is not None and not args.skip_train:
         save = Path(args.save)
-        holds_run = (save / "latest_checkpointed_iteration.txt").is_file()
-        if holds_run and (args.finetune or not checkpoint.samefile(save)):
+        if holds_checkpoint(save) and (args.finetune or not checkpoint.samefile(save)):
             raise ConfigError(
                 f"--save {save} holds a run already: go on with it by --load {save} (without --finetune), or name "
                 "another folder"
@@ -207,5 +235,8 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{flag} {folder}: can't be made ({error.strerror})") from error
-        if not os.access(folder, os.W_OK):
-            raise ConfigError(f"{flag} {folder}: can't be written to")
+        try:
+            with tempfile.TemporaryFile(dir=folder):  # permissions alone don't tell of a file system that is read-only
+                pass
+        except OSError as error:
+            raise ConfigError(f"{flag} {folder}: can't be written to ({error.strerror})") from error

@@ -21,6 +21,7 @@ from megatron_amopo.checkpoint.import_cache import (
     entry_name,
     import_once,
 )
+from megatron_amopo.checkpoint.iterations import holds_checkpoint
 from megatron_amopo.errors import AmopoError, CheckpointError, ConfigError
 
 
@@ -89,7 +90,7 @@ def find_hf_start(args: argparse.Namespace) -> HfStart | None:
         return None
     if args.pretrained_checkpoint is not None:
         raise ConfigError("--amopo-hf-model and --pretrained-checkpoint both say what to start from; give one")
-    if args.load is not None and (Path(args.load) / TRACKER).is_file():
+    if args.load is not None and holds_checkpoint(Path(args.load)):
         return None
     if not source.is_dir():
         raise ConfigError(f"--amopo-hf-model {source}: no such folder (give a downloaded model, not its name)")

@@ -6,13 +6,10 @@ Takes each step's reduced metrics; gives λ to the next step's loss, to the log 
 
 import math
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from megatron.training import checkpointing
 from torch import Tensor
 
 from megatron_amopo import device
@@ -81,27 +78,16 @@ class Multipliers:
         if self.values is not None:
             setattr(args, _SAVED, dict(zip(self.floors.names, self.values.tolist(), strict=True)))
 
-    @contextmanager
-    def restored_from_checkpoints(self) -> Iterator[None]:
-        """While it lasts, a checkpoint that a run is resumed from gives its λ back.
+    def restore(self, checkpoint_args: Namespace) -> None:
+        """Take λ from a checkpoint's arguments.
 
-        Whatever kind of checkpoint it is (persistent or not, global or local), Megatron compares its arguments with
-        those of the run, and doesn't where it only takes the weights.
+        Raises:
+            NoMultipliers: it has none of a floor.
         """
-        original = checkpointing.check_checkpoint_args
-
-        def check_and_restore(checkpoint_args: Any, *rest: Any, **options: Any) -> None:
-            original(checkpoint_args, *rest, **options)
-            saved = getattr(checkpoint_args, _SAVED, {})
-            if missing := [name for name in self.floors.names if name not in saved]:
-                raise NoMultipliers(
-                    f"--load: the checkpoint was saved by a run without --amopo-margin-floor of {', '.join(missing)}; "
-                    "start a new run from its weights with --finetune and another --save"
-                )
-            self._restored = saved
-
-        checkpointing.check_checkpoint_args = check_and_restore
-        try:
-            yield
-        finally:
-            checkpointing.check_checkpoint_args = original
+        saved = getattr(checkpoint_args, _SAVED, {})
+        if missing := [name for name in self.floors.names if name not in saved]:
+            raise NoMultipliers(
+                f"--load: the checkpoint was saved by a run without --amopo-margin-floor of {', '.join(missing)}; "
+                "start a new run from its weights with --finetune and another --save"
+            )
+        self._restored = saved

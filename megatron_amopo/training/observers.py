@@ -15,10 +15,12 @@ import torch.distributed as dist
 from megatron.core import mpu
 from torch import Tensor
 
+from megatron_amopo.checkpoint.iterations import holds_checkpoint
 from megatron_amopo.data.batching import GroupBatch
 from megatron_amopo.model.context_parallel import BatchPart
 from megatron_amopo.objectives import AmopoLoss, Pairs
 from megatron_amopo.training.arguments import RunConfig
+from megatron_amopo.training.bad_steps import BadSteps
 from megatron_amopo.training.conflict import ConflictMeter
 from megatron_amopo.training.leakage import Leakage, LeakageMatrix
 from megatron_amopo.training.ledger import Ledger, drop_after
@@ -49,11 +51,13 @@ class Observers:
         self._responses = EvaluatedResponses(config.dimensions) if config.dump_logps else None
         self._leakage = Leakage(flags.leakage_of, config.dimensions) if flags.leakage_of else None
         self._ledger = Ledger(save / LEDGER_FOLDER, config.dimensions) if flags.ledger and save else None
+        self.bad_steps = BadSteps(config.survival.bad_steps)
         self._conflict = ConflictMeter(config.dimensions, flags.conflict_interval) if flags.conflict_interval else None
 
     def of(self, *, training: bool) -> tuple[Observer, ...]:
         """Those that a micro-batch of training or of evaluation is reported to."""
-        candidates: tuple[Observer | None, ...] = (self._ledger,) if training else (self._responses, self._leakage)
+        of_training: tuple[Observer | None, ...] = (self._ledger, self.bad_steps)
+        candidates = of_training if training else (self._responses, self._leakage)
         return tuple(observer for observer in candidates if observer is not None)
 
     def watch_rows(self, part: BatchPart) -> Callable[[Tensor], None] | None:
@@ -73,7 +77,7 @@ class Observers:
     def _start_ledger(self, save: Path, iteration: int) -> None:
         folder = save / LEDGER_FOLDER
         if dist.get_rank() == 0 and folder.is_dir():  # also where the ledger is off: rows must not outlive their run
-            resumed = (save / "latest_checkpointed_iteration.txt").is_file()
+            resumed = holds_checkpoint(save)
             drop_after(folder, iteration if resumed else 0)
         is_first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
         if self._ledger and is_first and mpu.is_pipeline_last_stage(ignore_virtual=True):
@@ -81,6 +85,7 @@ class Observers:
 
     def begin_step(self, step: int) -> None:
         """Before the first micro-batch; steps count from 1."""
+        self.bad_steps.begin_step()
         if self._conflict:
             self._conflict.begin_step(step)
 

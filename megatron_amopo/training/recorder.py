@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_amopo.training.leakage import LeakageMatrix
+
+if TYPE_CHECKING:  # it comes with Megatron, which nothing here needs
+    from megatron_amopo.training.bad_steps import BadStep
 
 
 class ScalarWriter(Protocol):
@@ -71,12 +74,13 @@ class Recorder:
         self, iteration: int, metrics: Mapping[str, Tensor], *, learning_rate: float | None, grad_norm: float | None
     ) -> None:
         """Take one training step's metrics (0-dim tensors on the device); every ``log_interval`` steps their means go
-        out.
+        out. A step without any, which was left out, doesn't count.
         """
-        names = list(metrics)
-        self._pending.append((names, torch.stack([metrics[name].reshape(()).float() for name in names])))
-        if iteration % self.log_interval and iteration != self.total_steps:
+        if names := list(metrics):
+            self._pending.append((names, torch.stack([metrics[name].reshape(()).float() for name in names])))
+        if (iteration % self.log_interval and iteration != self.total_steps) or not self._pending:
             return
+        names = self._pending[-1][0]
         means = torch.stack([values for _, values in self._pending]).mean(0).tolist()
         values: dict[str, float] = dict(zip(names, means, strict=True))
         now = time.monotonic()
@@ -98,6 +102,13 @@ class Recorder:
             f"{values['tokens_per_s']:,.0f} tokens/s | {_clock(remaining)} left | margins (nats/token): {margins}",
             soft_wrap=True,
         )
+
+    def bad_step(self, iteration: int, bad: "BadStep") -> None:
+        """Take a step that didn't change the weights, with the records behind it."""
+        figures = {"loss": bad.loss, "grad_norm": bad.grad_norm}
+        records = {"reason": bad.reason, "not_finite": bad.suspects, "records": list(bad.records)}
+        self._write("bad_step", iteration, figures, **records)
+        self._console.print(f"> {bad.message(iteration)}; the weights stay as they were", soft_wrap=True)
 
     def conflict(self, iteration: int, figures: Mapping[str, float]) -> None:
         """Take the conflict meter's figures of one step, a split of their own: few steps have them."""
@@ -144,11 +155,12 @@ class Recorder:
         if leakage is not None:
             self._console.print(_leakage_table(leakage))
 
-    def _write(self, split: str, iteration: int, values: Mapping[str, float]) -> None:
+    def _write(self, split: str, iteration: int, values: Mapping[str, float], **more: Any) -> None:
         if self.file is not None and not (split == "validation" and iteration in self._validated):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
-                file.write(json.dumps({"iteration": iteration, "split": split, "metrics": values}) + "\n")
+                line = {"iteration": iteration, "split": split, "metrics": values, **more}
+                file.write(json.dumps(line) + "\n")
         if self.tensorboard is not None:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"amopo-{split}/{name}", value, iteration)

@@ -10,7 +10,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_amopo.checkpoint.import_cache import TRACKER
+from megatron_amopo.checkpoint.iterations import holds_checkpoint, iteration_folder, tracked
+from megatron_amopo.checkpoint.megatron import RELEASE
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.data.reference import ReferenceIdentity, ReferenceLogps, holds_reference, read_identity
 from megatron_amopo.errors import CheckpointError, ConfigError
@@ -84,9 +85,10 @@ def new_reference_folder(config: "RunConfig", identity: ReferenceIdentity) -> Pa
 
 def is_resumed(args: Namespace) -> bool:
     """Whether ``--load`` holds weights that a run has trained, and this run goes on from them."""
-    if args.load is None or args.finetune or not (tracker := Path(args.load) / TRACKER).is_file():
+    if args.load is None or args.finetune or not holds_checkpoint(Path(args.load)):
         return False
-    return tracker.read_text(encoding="utf-8").strip() not in ("release", "0")
+    named = tracked(Path(args.load))
+    return named is None or named.name not in (RELEASE, iteration_folder(named.parent, 0).name)
 
 
 def resumed_reference(args: Namespace, config: "RunConfig") -> ReferenceLogps | None:

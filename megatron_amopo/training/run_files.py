@@ -7,3 +7,4 @@ STARTS_FILE = "starts.jsonl"  # when and how the run was started and resumed
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"  # of a run that only evaluates: it adds nothing to a training run's history
 LEDGER_FOLDER = "ledger"  # of Parquet files
+REQUEUE_FILE = "requeue"  # there while a run has stopped before its last step and wants to be started again

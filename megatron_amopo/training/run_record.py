@@ -1,16 +1,19 @@
 """What a run was, kept beside its checkpoints, so that a resumed run is the same run.
 
-Takes the configuration; gives ``run.json`` in the ``--save`` folder and, at the next start from there, an error where
-data, dimensions, seed or objective differ, and the identity of the reference model that the run began with.
+Takes the configuration; gives ``run.json`` and ``hf/`` in the ``--save`` folder and, at the next start from there, an
+error where data, dimensions, seed or objective differ, and the identity of the reference model that the run began with.
 """
 
 import json
 import os
+import shutil
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_amopo.data.manifest import Manifest
+from megatron_amopo.data.model_prompts import ModelPrompts
 from megatron_amopo.data.reference import ReferenceIdentity
 from megatron_amopo.errors import CheckpointError
 from megatron_amopo.training.arguments import RunConfig
@@ -39,6 +42,25 @@ def write_run_record(folder: Path, config: RunConfig, reference: ReferenceIdenti
     record = run_record(config) | ({} if reference is None else {_REFERENCE: asdict(reference)})
     partial.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(partial, folder / RUN_RECORD)
+
+
+def describe_run_folder(folder: Path, config: RunConfig, reference: ReferenceIdentity | None) -> None:
+    """Write what export and resume need beside the weights: config and tokenizer, the prompts, ``run.json``."""
+    _copy_hf_folder(config.hf_folder, folder / "hf")
+    prompts = ModelPrompts.of_run(Manifest.load(config.data), config.dimensions)
+    if prompts is not None:
+        prompts.save(folder / "hf")
+    write_run_record(folder, config, reference)
+
+
+def _copy_hf_folder(source: Path, target: Path) -> None:
+    if target.exists() and target.samefile(source):
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that never saved: check_outputs refuses any other
+    os.replace(partial, target)
 
 
 def recorded_reference(folder: Path) -> ReferenceIdentity:

@@ -7,6 +7,7 @@ checkpoints, logging) are Megatron's business.
 """
 
 import argparse
+import signal
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ _VALIDATION = "a validation pass is always the whole validation set"
 _CONTEXT = "all context-parallel ranks hold equal parts of each micro-batch"
 _UNTRIED = "it has not been tried"
 _SHAPE = "what the model computes is read from hf/config.json"
+_STOPPING = "a run with --save saves and stops by SIGTERM and SIGUSR1 by itself"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ UNSUPPORTED = (
     Unsupported("decrease_batch_size_if_needed", False, "--decrease-batch-size-if-needed", _SAMPLES),
     Unsupported("phase_transition_iterations", None, "--phase-transition-iterations", _SAMPLES),
     Unsupported("rerun_mode", "disabled", "--rerun-mode", "a step that runs twice would be recorded twice"),
+    Unsupported(
+        "exit_signal_handler_for_training",
+        False,
+        "--exit-signal-handler-for-training",
+        f"it saves nothing; {_STOPPING}",
+    ),
+    Unsupported("exit_signal", signal.SIGTERM, "--exit-signal", _STOPPING),
+    Unsupported("non_persistent_ckpt_type", None, "--non-persistent-ckpt-type", _UNTRIED),
     Unsupported("full_validation", False, "--full-validation", _VALIDATION),
     Unsupported("multiple_validation_sets", False, "--multiple-validation-sets", _VALIDATION),
     Unsupported("eval_iters", None, "--eval-iters", _VALIDATION),

@@ -9,7 +9,6 @@ of Megatron's training loop, which move between minor releases.
 import functools
 import os
 import platform
-import shutil
 import sys
 import time
 import warnings
@@ -41,11 +40,11 @@ from megatron.training.global_vars import (
 from megatron_amopo.checkpoint.import_cache import ImportFailed
 from megatron_amopo.data.batching import MicroBatches, SampleOrder
 from megatron_amopo.data.dataset import PreparedGroups
-from megatron_amopo.data.manifest import Manifest
-from megatron_amopo.data.model_prompts import ModelPrompts
 from megatron_amopo.errors import AmopoError
 from megatron_amopo.model.builder import build_model
 from megatron_amopo.training.arguments import RunConfig, open_validation, parse_arguments
+from megatron_amopo.training.bad_steps import StoppedByBadStep
+from megatron_amopo.training.checkpoint_arguments import resumed_arguments_told
 from megatron_amopo.training.fp8 import token_multiple
 from megatron_amopo.training.fp8_check import fp8_differences
 from megatron_amopo.training.hugging_face import export_last_step
@@ -57,15 +56,17 @@ from megatron_amopo.training.recorder import Recorder
 from megatron_amopo.training.reference import Reference
 from megatron_amopo.training.reference_cache import check_named_cache, resumed_reference
 from megatron_amopo.training.run_files import EVALUATION_FILE, METRICS_FILE
-from megatron_amopo.training.run_record import check_resumed_run, write_run_record
+from megatron_amopo.training.run_record import check_resumed_run, describe_run_folder
+from megatron_amopo.training.saving import SaveFailed, Saving
 from megatron_amopo.training.starts import record_start
 from megatron_amopo.training.step import Step
+from megatron_amopo.training.stopping import LOST_RANK, Stopping, is_lost_rank
 from megatron_amopo.training.together import FailedTogether
 
 
 def main() -> None:
     """Train, evaluate and save as the command line says; exit code 2 and one line for an error that is the user's to
-    mend.
+    mend, 75 where the run stopped before its last step and is to be started again.
     """
     try:
         args, config = prepare()
@@ -77,20 +78,21 @@ def main() -> None:
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     try:
-        run(args, config)
-    except SystemExit as stop:  # Megatron's way to stop early, as asked by --exit-interval and the like
-        if stop.code:
-            raise
-    except (FailedTogether, NoMultipliers) as error:
-        if args.rank == 0:
+        stopping = run(args, config)
+    except (FailedTogether, NoMultipliers, SaveFailed, StoppedByBadStep, LedgerFailed) as error:
+        # The last comes after a step, where none asks how the others fare: the rank that writes says it.
+        if args.rank == 0 or isinstance(error, LedgerFailed):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except LedgerFailed as error:  # after a step, where none asks how the others fare: the rank that writes says it
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        print(f"error: rank {args.rank} ({platform.node()}) {LOST_RANK}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    stopping.finish()
     if config.export_hf is not None and args.rank == 0:
         try:
             export_last_step(config.export_hf, Path(args.save), args.train_iters)
@@ -120,8 +122,9 @@ def _is_first_here() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
-def run(args: Namespace, config: RunConfig) -> None:
-    """One run of Megatron's ``pretrain`` with validated arguments."""
+def run(args: Namespace, config: RunConfig) -> Stopping:
+    """One run of Megatron's ``pretrain`` with validated arguments; says whether it stopped before its last step."""
+    args.exit_signal_handler = False  # Megatron's, in whose place comes one of more signals
     set_global_variables(args, build_tokenizer=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*recommended to use a ModelConfig.*")
@@ -129,8 +132,11 @@ def run(args: Namespace, config: RunConfig) -> None:
     reference = Reference(config)
     multipliers = Multipliers(config.objective.margin_floors)
     observers = Observers(config, Path(args.save) if args.save and not args.skip_train else None)
-    hooks = _OurHooks(config, observers, reference, multipliers)
-    with observers, hooks, multipliers.restored_from_checkpoints():
+    stopping = Stopping(args)
+    saving = Saving(args.save, config.survival.retention)
+    hooks = _OurHooks(config, observers, reference, multipliers, saving, stopping)
+    restored = (multipliers.restore, observers.bad_steps.restore)
+    with stopping, observers, saving, hooks, resumed_arguments_told(*restored):
         training.pretrain(
             container,
             _datasets_provider(config, reference),
@@ -138,6 +144,7 @@ def run(args: Namespace, config: RunConfig) -> None:
             Step(config, multipliers, observers),
             model_provider=functools.partial(_model_provider, config),
         )
+    return stopping
 
 
 def _model_provider(
@@ -213,7 +220,7 @@ def _datasets_provider(config: RunConfig, reference: Reference) -> Callable[...,
 
 
 class _OurHooks:
-    """Puts our records into Megatron's loop by wrapping six of its functions for the time of a run.
+    """Puts our records into Megatron's loop by wrapping seven of its functions for the time of a run.
 
     - ``setup_model_and_optimizer`` gives the starting weights, of which the reference log-probabilities are;
     - ``train_step`` is what observers are told begins and ends;
@@ -221,40 +228,47 @@ class _OurHooks:
       rates of records and tokens;
     - ``evaluate_and_print_results`` would print a perplexity of every metric, and repeat the last evaluation;
     - ``train`` starts without an evaluation;
-    - ``save_checkpoint`` writes weights; what export and resume need beside them is written once before it.
+    - ``save_checkpoint`` writes weights; what export and resume need beside them is written once before it;
+    - ``checkpoint_and_decide_exit`` says that the run ends early.
     """
 
-    def __init__(self, config: RunConfig, observers: Observers, reference: Reference, multipliers: Multipliers):
+    def __init__(
+        self,
+        config: RunConfig,
+        observers: Observers,
+        reference: Reference,
+        multipliers: Multipliers,
+        saving: Saving,
+        stopping: Stopping,
+    ):
         self.config, self.observers, self.reference, self.multipliers = config, observers, reference, multipliers
+        self.saving, self.stopping = saving, stopping
         self.recorder: Recorder | None = None
         self.evaluated_at: int | None = None
         self.described = False
 
     def __enter__(self) -> None:
-        self.original = {
-            name: getattr(training, name)
-            for name in (
-                "setup_model_and_optimizer",
-                "train_step",
-                "training_log",
-                "evaluate_and_print_results",
-                "train",
-                "save_checkpoint",
-            )
+        ours = {
+            "setup_model_and_optimizer": self._setup,
+            "train_step": self._train_step,
+            "training_log": self._training_log,
+            "evaluate_and_print_results": self._evaluate,
+            "train": self._train,
+            "save_checkpoint": self._save_checkpoint,
+            "checkpoint_and_decide_exit": self._decide_exit,
         }
-        training.setup_model_and_optimizer = self._setup
-        training.train_step = self._train_step
-        training.training_log = self._training_log
-        training.evaluate_and_print_results = self._evaluate
-        training.train = self._train
-        training.save_checkpoint = self._save_checkpoint
+        self.original = {name: getattr(training, name) for name in ours}
+        for name, function in ours.items():
+            setattr(training, name, function)
 
     def __exit__(self, *exc: Any) -> None:
         for name, function in self.original.items():
             setattr(training, name, function)
 
     def _setup(self, *rest: Any, **options: Any) -> Any:
-        model, *others = self.original["setup_model_and_optimizer"](*rest, **options)
+        model, optimizer, *others = self.original["setup_model_and_optimizer"](*rest, **options)
+        if optimizer is not None:  # absent where the run only evaluates
+            self.observers.bad_steps.watch(optimizer)
         # As in Megatron's first step: all weights are there, none has to be gathered before it is used.
         gathered_late = training.should_disable_forward_pre_hook(get_args())
         if gathered_late:
@@ -263,7 +277,7 @@ class _OurHooks:
         if gathered_late:
             training.enable_forward_pre_hook(model)
         self.observers.start(get_args().iteration)
-        return model, *others
+        return model, optimizer, *others
 
     def _record(self) -> Recorder | None:
         """The recorder, on the last rank: it holds the last pipeline stage and Megatron's writers."""
@@ -297,6 +311,8 @@ class _OurHooks:
         **options: Any,
     ) -> Any:
         args = get_args()
+        self.saving.begin(args.iteration)
+        self.stopping.begin()
         if args.rank == 0 and args.save:
             record_start(Path(args.save), args)
         if self.config.eval_at_start and args.do_valid and args.iteration == 0:
@@ -313,6 +329,7 @@ class _OurHooks:
         self._check_fp8(model, iteration + 1)
         self.observers.begin_step(iteration + 1)
         result = self.original["train_step"](forward_step, iterator, model, *rest, iteration=iteration, **options)
+        self._judge(iteration + 1)
         conflict = self.observers.end_step(iteration + 1)
         if conflict is not None and (recorder := self._record()):
             recorder.conflict(iteration + 1, conflict)
@@ -333,12 +350,22 @@ class _OurHooks:
         if figures is not None and (recorder := self._record()):
             recorder.fp8(step, figures, time.monotonic() - start)
 
+    def _judge(self, step: int) -> None:
+        bad_steps = self.observers.bad_steps
+        if bad_steps.latest is not None and (recorder := self._record()):
+            recorder.bad_step(step, bad_steps.latest)
+        try:
+            bad_steps.check(step)
+        except StoppedByBadStep:
+            training.maybe_finalize_async_save(blocking=True)  # what is being saved is still good
+            raise
+
     def _training_log(
         self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *rest: Any, **options: Any
     ) -> Any:
         _loss_scale, _report_memory, skipped, grad_norm, *_ = rest
         if loss_dict and (recorder := self._record()):
-            measured = {**loss_dict, **self.multipliers.metrics()}
+            measured = {**loss_dict, **self.multipliers.metrics()} if not skipped else {}
             recorder.step(iteration, measured, learning_rate=learning_rate, grad_norm=grad_norm)
         self.multipliers.step(loss_dict, skipped=bool(skipped), grad_norm=grad_norm)
         shown = {name: value for name, value in loss_dict.items() if name == "loss"}
@@ -367,26 +394,21 @@ class _OurHooks:
         if metrics and (recorder := self._record()):
             recorder.validation(iteration, metrics, time.monotonic() - start, leakage)
 
-    def _save_checkpoint(self, *rest: Any, **options: Any) -> Any:
+    def _save_checkpoint(self, iteration: int, *rest: Any, **options: Any) -> Any:
+        if self.saving.is_saved(iteration):
+            return None
         self.observers.before_checkpoint()
         if dist.get_rank() == 0 and not self.described:
-            save = Path(get_args().save)
-            _copy_hf_folder(self.config.hf_folder, save / "hf")
-            prompts = ModelPrompts.of_run(Manifest.load(self.config.data), self.config.dimensions)
-            if prompts is not None:
-                prompts.save(save / "hf")
-            write_run_record(save, self.config, self.reference.identity)
+            describe_run_folder(Path(get_args().save), self.config, self.reference.identity)
             self.described = True
         self.multipliers.save_into(get_args())
-        return self.original["save_checkpoint"](*rest, **options)
+        self.observers.bad_steps.save_into(get_args())
+        result = self.original["save_checkpoint"](iteration, *rest, **options)
+        self.saving.thin_out()
+        return result
 
-
-def _copy_hf_folder(source: Path, target: Path) -> None:
-    """Copy config and tokenizer files beside the checkpoint, so that it can be exported and resumed by itself."""
-    if target.exists() and target.samefile(source):
-        return
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
-    shutil.rmtree(target, ignore_errors=True)  # of a run that never saved: check_outputs refuses any other
-    os.replace(partial, target)
+    def _decide_exit(self, model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any) -> bool:
+        stops = self.original["checkpoint_and_decide_exit"](model, optimizer, scheduler, iteration, *rest)
+        if stops:
+            self.stopping.stopped(iteration)
+        return stops

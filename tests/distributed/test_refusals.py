@@ -79,6 +79,11 @@ FLAGS = {
     "negative seed": (["--amopo-seed", "-5"], 1, "--amopo-seed is -5"),
     "not a number": (["--amopo-gamma", "nan"], 1, "--amopo-gamma is nan"),
     "shape": (["--num-layers", "7"], 1, "--num-layers 7 contradicts"),
+    "exit signal": (["--exit-signal-handler-for-training"], 1, "--exit-signal-handler-for-training is not supported"),
+    "local checkpoints": (["--non-persistent-ckpt-type", "global"], 1, "--non-persistent-ckpt-type is not supported"),
+    "checkpoints of nothing": (["--amopo-keep-checkpoints", "2"], 1, "--amopo-keep-checkpoints is of the checkpoints"),
+    "no checkpoints": (["--amopo-keep-checkpoints", "0"], 1, "--amopo-keep-checkpoints is 0; expected 1 or more"),
+    "spike": (["--amopo-loss-spike", "0.5"], 1, "--amopo-loss-spike is 0.5; expected more than 1"),
     "rerun": (["--rerun-mode", "report_stats"], 1, "--rerun-mode is not supported: a step that runs twice would be"),
     "conflict of no step": (
         ["--amopo-conflict-interval", "3"],
@@ -231,6 +236,10 @@ def test_unwritable_outputs(ranks, workplace, tmp_path):
     base = ["--amopo-data", str(workplace.data), "--pretrained-checkpoint", str(workplace.mcore), *BASE]
     for flag, value in (("--save", tmp_path / "file"), ("--amopo-dump-logps", tmp_path / "file" / "logps.jsonl")):
         assert f"{flag} {tmp_path / 'file'}: can't be made" in ranks.run(refusal, 1, [*base, flag, str(value)])[0]
+    # A folder in which nobody can make files, whatever their permissions.
+    assert ranks.run(refusal, 1, [*base, "--save", "/proc/self"])[0].startswith(
+        "--save /proc/self: can't be written to"
+    )
 
 
 def test_a_folder_of_another_run(ranks, workplace, tmp_path):

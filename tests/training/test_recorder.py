@@ -3,6 +3,7 @@ lines.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,3 +164,30 @@ def test_leakage_goes_with_the_validation(tmp_path, clock, capsys):
     assert "correctness (1,200)" in row
     assert "-0.5000 (25.0)" in row
     assert "+1.2500 (75.0)" in row
+
+
+def test_a_step_that_was_left_out_counts_in_no_mean(tmp_path, clock, capsys):
+    """It has a line of its own; the interval that it ends is written with what it has."""
+    recorder = make(tmp_path, clock)
+    clock.now += 8
+    bad = SimpleNamespace(
+        reason="the loss is not finite",
+        loss=float("inf"),
+        grad_norm=3.0,
+        suspects=[7],
+        records={7: float("inf"), 9: 1.0},
+        message=lambda step: f"step {step}: the loss is not finite, of record(s) 7",
+    )
+    recorder.step(1, metrics(2.0), learning_rate=1e-3, grad_norm=0.5)
+    recorder.bad_step(2, bad)
+    recorder.step(2, {}, learning_rate=1e-3, grad_norm=3.0)
+    left_out, train = lines(tmp_path)
+    assert (left_out["split"], left_out["iteration"], left_out["reason"]) == ("bad_step", 2, "the loss is not finite")
+    assert (left_out["not_finite"], left_out["records"]) == ([7], [7, 9])
+    assert train["metrics"]["loss"] == 2.0
+    assert train["metrics"]["records_per_s"] == pytest.approx(1)
+    assert "> step 2: the loss is not finite, of record(s) 7; the weights stay as they were" in capsys.readouterr().out
+
+    recorder.step(3, {}, learning_rate=1e-3, grad_norm=3.0)
+    recorder.step(4, {}, learning_rate=1e-3, grad_norm=3.0)  # nothing to say
+    assert len(lines(tmp_path)) == 2
