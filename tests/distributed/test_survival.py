@@ -1,7 +1,6 @@
 """Runs that something happens to: what is left is usable, and what goes on is the run that was never stopped."""
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from megatron_amopo.data.dataset import PreparedGroups
 from tests.support.jobs import command
 from tests.support.jobs_survival import (
     command_on_a_small_disk,
-    command_with_death,
     command_with_factor,
     command_with_signal,
 )
@@ -167,14 +165,3 @@ def test_a_spike_is_seen_after_a_resume_as_without_one(ranks, workplace, tmp_pat
     assert codes(ended) == [2, 2]
     assert "step 5: the loss " in ended[0][2]
     assert f"times the median of 4 steps before, over records {record}, " in ended[0][2]
-
-
-def test_a_rank_that_is_gone_takes_the_others_down(ranks, workplace, tmp_path):
-    """In seconds, with a message; what kills it is benchmarks/soak.py's business."""
-    start = time.monotonic()
-    own = flags(workplace, tmp_path, "--distributed-timeout-minutes", "1")
-    survivor, gone = ranks.run(command_with_death, 2, own, rank=1, step=3)
-    assert (survivor[0], gone[0]) == (1, None)
-    assert "error: rank 0 (" in survivor[2]
-    assert "lost another rank, which ended or hangs" in survivor[2]
-    assert time.monotonic() - start < 60

@@ -1,10 +1,7 @@
 """Jobs for :class:`megatron_amopo.certification.ranks.RankPool` about runs that something happens to."""
 
-import contextlib
 import os
 import resource
-import socket
-import stat
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -63,41 +60,3 @@ def command_on_a_small_disk(flags: list[str], *, most_bytes: int) -> tuple[int, 
         return command(flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def command_with_death(flags: list[str], *, rank: int, step: int) -> tuple[int | None, str, str]:
-    """:func:`tests.support.jobs.command`, one of whose ranks is gone in the middle of a step: nothing answers for it,
-    and its connections are closed. It gives None as its code.
-    """
-    from megatron_amopo.training import train
-
-    original = train.Step.__call__
-    calls = 0
-
-    def forward(self: train.Step, *inputs):
-        nonlocal calls
-        calls += 1
-        if calls == step and dist.get_rank() == rank:
-            _shut_connections()
-            raise _GoneError
-        return original(self, *inputs)
-
-    with patch.object(train.Step, "__call__", forward):
-        try:
-            return command(flags)
-        except _GoneError:
-            return None, "", ""
-
-
-class _GoneError(Exception):
-    pass
-
-
-def _shut_connections() -> None:
-    """End this process' connections over the network, as the system does when a process dies."""
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                with socket.socket(fileno=os.dup(int(name))) as connection:
-                    if connection.family in (socket.AF_INET, socket.AF_INET6):
-                        connection.shutdown(socket.SHUT_RDWR)
