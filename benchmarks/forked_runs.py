@@ -177,14 +177,14 @@ def _become_rank(rank: int, flags: Sequence[str], port: int, log: Path, shared: 
 @contextlib.contextmanager
 def _phases(rank: int, shared: mmap.mmap) -> Iterator[None]:
     """Tell this rank's phases."""
-    from megatron_amopo.training import train
+    from megatron_amopo.training.hooks import Hooks
 
     def enter(phase: Phase) -> None:
         shared[2 * rank + 1] = (shared[2 * rank + 1] + 1) % 256
         shared[2 * rank] = phase
 
     def told(name: str, during: Phase, after: Phase) -> Callable[..., Any]:
-        original = getattr(train._OurHooks, name)
+        original = getattr(Hooks, name)
 
         def wrapped(*rest: Any, **options: Any) -> Any:
             enter(during)
@@ -194,7 +194,7 @@ def _phases(rank: int, shared: mmap.mmap) -> Iterator[None]:
 
         return wrapped
 
-    hooks: Any = train._OurHooks
+    hooks: Any = Hooks
     hooks._setup = told("_setup", Phase.LOAD, Phase.LOAD)
     hooks._train_step = told("_train_step", Phase.STEP, Phase.STEP)
     hooks._save_checkpoint = told("_save_checkpoint", Phase.SAVE, Phase.STEP)

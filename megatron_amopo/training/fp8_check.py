@@ -11,21 +11,20 @@ Shapes: G groups of a micro-batch, D dimensions, N response tokens.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_amopo.data.batching import GroupBatch, MicroBatches, SampleOrder
+from megatron_amopo.data.batching import GroupBatch
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.objectives.statistics import response_statistics
 from megatron_amopo.training.arguments import RunConfig
+from megatron_amopo.training.datasets import training_batches
 from megatron_amopo.training.forward_only import forward_only
 
 Chunks = Sequence[torch.nn.Module]
@@ -51,7 +50,6 @@ def fp8_differences(
     model: Chunks,
     args: Namespace,
     config: RunConfig,
-    reading: Mapping[str, Any],
     in_bf16: Callable[[Chunks], AbstractContextManager[None]] = without_fp8,
 ) -> dict[str, float] | None:
     """The figures of the micro-batch with which the next step begins, over all data-parallel ranks; None on ranks that
@@ -66,12 +64,11 @@ def fp8_differences(
         model: this rank's chunks, all their weights in place.
         args: Megatron's.
         config: ours.
-        reading: what this rank's :class:`MicroBatches` of training are told, too.
         in_bf16: makes the model compute in bf16 meanwhile.
     """
-    trained = _log_probabilities(model, args, config, reading)
+    trained = _log_probabilities(model, args, config)
     with in_bf16(model):
-        exact = _log_probabilities(model, args, config, reading)
+        exact = _log_probabilities(model, args, config)
     if not mpu.is_pipeline_last_stage(ignore_virtual=True):
         return None
     sums, largest = _compare(trained, exact, len(config.dimensions))
@@ -88,22 +85,9 @@ def fp8_differences(
     }
 
 
-def _log_probabilities(
-    model: Chunks, args: Namespace, config: RunConfig, reading: Mapping[str, Any]
-) -> list[tuple[GroupBatch, Tensor]]:
+def _log_probabilities(model: Chunks, args: Namespace, config: RunConfig) -> list[tuple[GroupBatch, Tensor]]:
     groups = PreparedGroups.open(config.data, "train", config.dimensions)
-    iterators = [
-        MicroBatches(
-            groups,
-            SampleOrder(len(groups), config.noise_seed),
-            num_samples=config.num_samples,
-            num_micro_batches=get_num_microbatches,
-            micro_batch_size=args.micro_batch_size,
-            consumed_samples=args.consumed_train_samples,
-            **reading,
-        )
-        for _ in model
-    ]
+    iterators = [training_batches(config, groups) for _ in model]
     return forward_only(
         model,
         iterators,

@@ -56,8 +56,7 @@ def train_with_fp8_check(flags: list[str], factor: float) -> None:
     from megatron.core.utils import unwrap_model
 
     from megatron_amopo.certification.observed_run import train
-    from megatron_amopo.training import arguments
-    from megatron_amopo.training import train as training
+    from megatron_amopo.training import arguments, hooks
     from megatron_amopo.training.fp8_check import fp8_differences
 
     @contextmanager
@@ -70,7 +69,7 @@ def train_with_fp8_check(flags: list[str], factor: float) -> None:
             norm.weight.data /= factor
 
     check = partial(fp8_differences, in_bf16=other_arithmetic)
-    with patch.object(arguments, "check_fp8"), patch.object(training, "fp8_differences", check):
+    with patch.object(arguments, "check_fp8"), patch.object(hooks, "fp8_differences", check):
         train(flags, want_tensors=False)
 
 
