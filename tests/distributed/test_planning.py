@@ -105,8 +105,5 @@ def test_layers_keep_what_the_planner_says(recompute, family, tp, ranks):
     batch = MicroBatch(tokens, float(records.pairs.sum()), float(records.keys.sum()), float(records.rows.sum()))
     said = kept_by_layer(sizes, layout, batch, element=4)
     if recompute != "full":
-        # An unfused norm keeps its input twice, before and after scaling; unfused rotation keeps cosine and sine.
-        said += 4 * tokens * (2 * sizes.hidden / tp + 4 * sizes.head_size)
-        if sizes.qk_norm:
-            said += 4 * tokens * (sizes.query + sizes.key_value / 2) / tp
+        said += 4 * tokens * 4 * sizes.head_size  # unfused rotation keeps cosine and sine
     assert kept == said

@@ -22,6 +22,7 @@ def launch_refusal(flags: list[str], world_size: int, *, on_hopper: bool = True)
     from megatron_amopo.training.run_record import check_resumed_run
 
     with (
+        patch.object(arguments, "check_room"),  # on this machine's disk
         patch.object(arguments, "check_fp8_device") if on_hopper else contextlib.nullcontext(),
         patch.dict(os.environ, {"WORLD_SIZE": str(world_size)}),
         patch.object(sys, "argv", ["train", *flags]),
