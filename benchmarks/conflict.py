@@ -13,7 +13,6 @@ Shapes: D dimensions, P pairs of them, H hidden size, W weights.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.support import COLOURS, RESULTS, STYLE, markdown_table, write_results
+from benchmarks.support import COLOURS, RESULTS, STYLE, command_of, markdown_table, write_results
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.groups import GENERAL, TokenizedGroup
 from megatron_amopo.objectives import ObjectiveConfig, Pairs, amopo_loss, record_noise
@@ -71,9 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(
         args.output,
         title="Cosines at the head's input and of all weights",
-        command=shlex.join(
-            ["python", "-m", "benchmarks.conflict", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        command=command_of("benchmarks.conflict", arguments),
         text=text,
         data={
             "cosines": {

@@ -8,7 +8,6 @@ here. Prints a table and writes a folder with it and a plot.
 """
 
 import argparse
-import shlex
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.comparison import Comparison, Contest, Side, compare
 from benchmarks.models import ModelSlice, add_model_arguments, both_models, dtype_of
 from benchmarks.records import add_source_arguments, choose_records, source_of, within_vocabulary
-from benchmarks.support import COLOURS, MIB, RESULTS, STYLE, markdown_table, write_results
+from benchmarks.support import COLOURS, MIB, RESULTS, STYLE, command_of, markdown_table, write_results
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.groups import GENERAL
 
@@ -63,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(
         args.output,
         title="What another preference dimension costs",
-        command=shlex.join(
-            ["python", "-m", "benchmarks.dimensions", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        command=command_of("benchmarks.dimensions", arguments),
         text=text,
         data={
             "model": model_slice.config,

@@ -11,7 +11,6 @@ needs CUDA. Prints a table and writes a folder with it and a plot.
 import argparse
 import importlib.util
 import itertools
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from benchmarks.support import (
     RESULTS,
     STYLE,
     Samples,
+    command_of,
     markdown_table,
     peak_extra_memory,
     time_interleaved,
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(
         args.output,
         title="The fused head against plain log-softmax",
-        command=shlex.join(["python", "-m", "benchmarks.head", *(sys.argv[1:] if arguments is None else arguments)]),
+        command=command_of("benchmarks.head", arguments),
         text=text,
         data={
             "dtype": args.dtype,

@@ -9,7 +9,6 @@ it is paid once. Prints a table and writes a folder with it and a plot.
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from benchmarks.support import (
     RESULTS,
     STYLE,
     Samples,
+    command_of,
     markdown_table,
     peak_extra_memory,
     time_interleaved,
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(
         args.output,
         title="What a reference model costs",
-        command=shlex.join(["python", "-m", "benchmarks.methods", *(sys.argv[1:] if arguments is None else arguments)]),
+        command=command_of("benchmarks.methods", arguments),
         text=text,
         data={
             "model": model_slice.config,

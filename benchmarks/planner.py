@@ -10,7 +10,6 @@ Takes no GPU and measures nothing. Prints tables and writes a folder with them a
 
 import argparse
 import math
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks.published_runs import RUNS, PublishedRun
-from benchmarks.support import COLOURS, RESULTS, STYLE, markdown_table, write_results
+from benchmarks.support import COLOURS, RESULTS, STYLE, command_of, markdown_table, write_results
 from megatron_amopo.planning.efficiency import DEFAULT, Efficiency
 from megatron_amopo.planning.hardware import gpu
 from megatron_amopo.planning.layout import Layout, Options, Software
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(
         args.output,
         title="The planner's step times beside published ones",
-        command=shlex.join(["python", "-m", "benchmarks.planner", *(sys.argv[1:] if arguments is None else arguments)]),
+        command=command_of("benchmarks.planner", arguments),
         text=text,
         data={
             "efficiency": asdict(DEFAULT),

@@ -9,7 +9,6 @@ compared, which shows that the benchmark runs and nothing else.
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from benchmarks.support import (
     RESULTS,
     STYLE,
     Samples,
+    command_of,
     markdown_table,
     peak_extra_memory,
     time_interleaved,
@@ -134,9 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(
         args.output,
         title="A training step in bf16 and in FP8",
-        command=shlex.join(
-            ["python", "-m", "benchmarks.precision", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        command=command_of("benchmarks.precision", arguments),
         text=text,
         data={
             "models": {name: shape.config for name, shape in shapes.items()},

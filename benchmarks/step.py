@@ -10,7 +10,6 @@ sides' peak memory. The model is an even slice of Qwen2.5-0.5B, or of the one th
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from benchmarks.comparison import Comparison, Contest, compare
 from benchmarks.models import Models, ModelSlice, add_model_arguments, both_models, dtype_of
 from benchmarks.profiling import CATEGORIES, TimeShares, time_shares
 from benchmarks.records import LengthStatistics, add_source_arguments, choose_records, source_of, within_vocabulary
-from benchmarks.support import COLOURS, MIB, RESULTS, STYLE, Samples, markdown_table, write_results
+from benchmarks.support import COLOURS, MIB, RESULTS, STYLE, Samples, command_of, markdown_table, write_results
 from megatron_amopo.data.dataset import PreparedGroups
 
 #: The measured ratio should be at least this much above that of the operations.
@@ -95,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(
         args.output,
         title="A training step, ours and the released trainer's",
-        command=shlex.join(["python", "-m", "benchmarks.step", *(sys.argv[1:] if arguments is None else arguments)]),
+        command=command_of("benchmarks.step", arguments),
         text=text,
         data={
             "model": model_slice.config,

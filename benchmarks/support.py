@@ -13,7 +13,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -122,6 +124,11 @@ def _peak_extra_resident_memory(function: Callable[[], Any]) -> int:
         finished.set()
         sampler.join()
     return max(peak, process.memory_info().rss) - before
+
+
+def command_of(module: str, arguments: Sequence[str] | None) -> str:
+    """The command by which a benchmark was started; ``arguments`` are those of its ``main``, None the process'."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def machine_facts() -> dict[str, Any]:

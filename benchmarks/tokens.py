@@ -9,7 +9,6 @@ records count. Prints a table and writes a folder with it and a plot.
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks.records import Source, add_source_arguments, choose_records, source_of
-from benchmarks.support import COLOURS, RESULTS, STYLE, markdown_table, write_results
+from benchmarks.support import COLOURS, RESULTS, STYLE, command_of, markdown_table, write_results
 from megatron_amopo.data.prompts import DEFAULT_STYLE
 
 QUESTION_FIRST = "question_first"
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(
         args.output,
         title="Tokens per record, packed and padded",
-        command=shlex.join(["python", "-m", "benchmarks.tokens", *(sys.argv[1:] if arguments is None else arguments)]),
+        command=command_of("benchmarks.tokens", arguments),
         text=text,
         data={"tokens_per_record": {label: asdict(value) for label, value in counts.items()}},
         figures={"tokens": plot(counts)},

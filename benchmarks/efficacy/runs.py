@@ -7,7 +7,6 @@ run in ``runs`` has.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -35,6 +34,7 @@ from benchmarks.efficacy.arms import (
 from benchmarks.efficacy.sampling import Sampler
 from benchmarks.efficacy.seeds import read_requests, seed_folder, start_folder
 from megatron_amopo import __version__
+from megatron_amopo.files import write_whole
 
 WARMUP_STEPS = 5
 COMMON_FLAGS = (
@@ -207,11 +207,3 @@ def _scratch(output: Path, name: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside and rename: a file under this name is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from benchmarks.efficacy import arms, runs, sampling, seeds, task
 from benchmarks.efficacy.arms import ARMS, SEEDS, SIZES, START, TUNING_SEED
-from benchmarks.efficacy.runs import number_of_settings, run, run_file, tune, tuning_file, write_whole
+from benchmarks.efficacy.runs import number_of_settings, run, run_file, tune, tuning_file
 from benchmarks.efficacy.seeds import make_seed, make_start, seed_folder, start_folder
 from megatron_amopo.certification.ranks import RankPool
 from megatron_amopo.errors import ConfigError
+from megatron_amopo.files import write_whole
 
 #: Seconds on a quiet core, before a study has measured its own: (kind, size).
 TYPICAL_SECONDS = {

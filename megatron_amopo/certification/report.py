@@ -19,6 +19,7 @@ import megatron_amopo
 from megatron_amopo.certification.certify import COPIES_LIMIT, Outcome
 from megatron_amopo.certification.comparison import Errors
 from megatron_amopo.certification.problems import BATCH
+from megatron_amopo.files import write_whole
 
 MARKDOWN, JSON = "certificate.md", "certificate.json"
 
@@ -69,8 +70,8 @@ def write_certificate(
         "left_out": dict(left_out),
     }
     # Python writes Infinity and NaN, which aren't JSON; a limit that doesn't exist and an error that is no number are.
-    _write(folder / JSON, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(folder / MARKDOWN, markdown(outcomes, about, left_out))
+    write_whole(folder / JSON, json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / MARKDOWN, markdown(outcomes, about, left_out))
 
 
 def markdown(outcomes: Sequence[Outcome], about: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
@@ -177,9 +178,3 @@ def _finite(value: Any) -> Any:
 
 def _last_line(text: str | None) -> str:
     return (text or "").strip().rsplit("\n", 1)[-1]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -6,7 +6,6 @@ writes it beside the checkpoint, an export carries it on and lets the chat templ
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_amopo.data.groups import GENERAL
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.data.prompts import Message, PromptStyle, format_score
 from megatron_amopo.errors import ConfigError, DataError
+from megatron_amopo.files import write_whole
 
 PROMPTS_FILE = "amopo_prompts.json"
 _FORMAT_VERSION = 1
@@ -63,9 +63,7 @@ class ModelPrompts:
             "trained": list(self.trained),
             "prompts": dict(self.style.content),
         }
-        partial = folder / f"{PROMPTS_FILE}.partial"
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, folder / PROMPTS_FILE)
+        write_whole(folder / PROMPTS_FILE, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     @property
     def offered(self) -> tuple[str, ...]:

@@ -1,12 +1,12 @@
 """Reading a run's files and writing the report's: every error says which file it is about."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_amopo.errors import AmopoError
+from megatron_amopo.files import write_whole
 
 
 class ReportError(AmopoError):
@@ -83,9 +83,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ReportError: it can't be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, text)
     except OSError as error:
         raise ReportError(f"{path}: can't be written ({error.strerror})") from error

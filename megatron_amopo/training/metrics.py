@@ -6,7 +6,6 @@ ranks. Names are ``kind/dimension``; :data:`UNITS` says what each kind is measur
 """
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_amopo.data.batching import GroupBatch
+from megatron_amopo.files import write_whole
 from megatron_amopo.objectives import AmopoLoss, Pairs
 from megatron_amopo.objectives.statistics import ResponseStatistics
 
@@ -113,7 +113,4 @@ class EvaluatedResponses:
                         }
                     )
         lines.sort(key=lambda line: (line["record_id"], self.dimensions.index(line["dimension"])))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(partial, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -6,7 +6,6 @@ Megatron's own line hides negative values, which log-probabilities and margins a
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_amopo.files import write_whole
 from megatron_amopo.training.leakage import LeakageMatrix
 
 if TYPE_CHECKING:  # it comes with Megatron, which nothing here needs
@@ -62,9 +62,7 @@ class Recorder:
         lines = [_parse(line) for line in self.file.read_text().splitlines()]
         kept = [line for line in lines if line is not None and 0 < iteration >= line["iteration"]]
         self._validated = {line["iteration"] for line in kept if line["split"] == "validation"}
-        partial = self.file.with_name(f"{self.file.name}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.file)
+        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def start_clock(self) -> None:
         """Training begins now."""

@@ -5,7 +5,6 @@ Takes the ``--load`` folder; gives nothing but a folder that Megatron can load f
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from megatron_amopo.checkpoint.iterations import (
@@ -17,6 +16,7 @@ from megatron_amopo.checkpoint.iterations import (
 )
 from megatron_amopo.checkpoint.megatron import RELEASE, TRACKER
 from megatron_amopo.errors import CheckpointError
+from megatron_amopo.files import write_whole
 
 
 def check_loadable(args: argparse.Namespace, flag: str, folder: Path) -> None:
@@ -48,6 +48,4 @@ def check_loadable(args: argparse.Namespace, flag: str, folder: Path) -> None:
 
 def write_tracker(folder: Path, iteration: int) -> None:
     """Name the newest checkpoint, beside and renamed."""
-    partial = folder / f".{TRACKER}.partial"
-    partial.write_text(str(iteration), encoding="utf-8")
-    os.replace(partial, folder / TRACKER)
+    write_whole(folder / TRACKER, str(iteration))

@@ -16,6 +16,7 @@ from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.data.model_prompts import ModelPrompts
 from megatron_amopo.data.reference import ReferenceIdentity
 from megatron_amopo.errors import CheckpointError
+from megatron_amopo.files import write_whole
 from megatron_amopo.training.arguments import RunConfig
 from megatron_amopo.training.run_files import RUN_RECORD
 
@@ -37,11 +38,8 @@ def run_record(config: RunConfig) -> dict[str, Any]:
 
 def write_run_record(folder: Path, config: RunConfig, reference: ReferenceIdentity | None = None) -> None:
     """Write ``run.json``, beside and renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{RUN_RECORD}.partial"
     record = run_record(config) | ({} if reference is None else {_REFERENCE: asdict(reference)})
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, folder / RUN_RECORD)
+    write_whole(folder / RUN_RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def describe_run_folder(folder: Path, config: RunConfig, reference: ReferenceIdentity | None) -> None:

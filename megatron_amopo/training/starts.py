@@ -5,7 +5,6 @@ this is the rest, for people: layout, batch, learning rate, software.
 """
 
 import json
-import os
 import platform
 from argparse import Namespace
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_amopo import __version__
+from megatron_amopo.files import write_whole
 from megatron_amopo.training.run_files import STARTS_FILE
 
 _PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "pyarrow", "numpy")
@@ -33,10 +33,7 @@ def record_start(folder: Path, args: Namespace) -> None:
     }
     path = folder / STARTS_FILE
     before = path.read_text(encoding="utf-8") if args.iteration and path.is_file() else ""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(f"{before}{json.dumps(line)}\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, f"{before}{json.dumps(line)}\n")
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ every step, the answer that all ranks share, and the exit code by which a launch
 again. ``--exit-duration-in-mins`` and ``--exit-interval`` end a run the same way.
 """
 
-import os
 import signal
 import sys
 from argparse import Namespace
@@ -19,6 +18,7 @@ from megatron.training import global_vars
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_amopo import device
+from megatron_amopo.files import write_whole
 from megatron_amopo.training.run_files import REQUEUE_FILE
 
 #: Exit code of a run that stopped before its last step with all its state saved: the same command goes on. It is
@@ -108,7 +108,7 @@ class Stopping:
             return
         if self._args.rank == 0:
             why = self._signals.name or "a limit of its flags"
-            _write(Path(self._args.save) / REQUEUE_FILE, f"step {self.step} of {self._args.train_iters}: {why}\n")
+            write_whole(Path(self._args.save) / REQUEUE_FILE, f"step {self.step} of {self._args.train_iters}: {why}\n")
             print(
                 f"> stopped by {why} after step {self.step} of {self._args.train_iters}, which is saved. The same "
                 f"command goes on from there (exit code {REQUEUE})",
@@ -120,9 +120,3 @@ class Stopping:
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that other ranks are gone. gloo's errors have no class of their own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -30,13 +30,14 @@ from benchmarks.efficacy.arms import (
 )
 from benchmarks.efficacy.outcomes import ARM_NAMES, Study, verdicts
 from benchmarks.efficacy.report import write_report
-from benchmarks.efficacy.runs import chosen_setting, digits, from_digits, run_file, settings, tuning_file, write_whole
+from benchmarks.efficacy.runs import chosen_setting, digits, from_digits, run_file, settings, tuning_file
 from benchmarks.efficacy.schedule import Job, Seconds, all_jobs, claim_folder, work
 from benchmarks.efficacy.statistics import estimate, holm, hypervolume
 from benchmarks.efficacy.task import DIMENSIONS, Request, conflict, generate, score
 from megatron_amopo.certification.tiny import make_data, tiny_config
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.errors import ConfigError
+from megatron_amopo.files import write_whole
 from megatron_amopo.objectives import PAIRWISE_LOSSES, choose_objective
 
 REQUEST = Request("capitals", ("Brazil", "Italy", "India", "Canada"), "Name the capitals of …")
