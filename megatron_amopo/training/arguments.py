@@ -39,8 +39,9 @@ from megatron_amopo.training.checks import (
     check_shape,
     check_tokenizer,
 )
-from megatron_amopo.training.fp8 import check_fp8, check_fp8_device
+from megatron_amopo.training.fp8 import check_fp8
 from megatron_amopo.training.hugging_face import HfStart, add_hugging_face_arguments, check_export, find_hf_start
+from megatron_amopo.training.machine import check_machine
 from megatron_amopo.training.objective_arguments import add_objective_arguments, read_objective
 from megatron_amopo.training.observer_arguments import ObserverConfig, add_observer_arguments, read_observers
 from megatron_amopo.training.reference_cache import add_reference_arguments, check_reference_flags
@@ -188,7 +189,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     _set_shape(args, shape, {flag.name: flag.default for flag in flags}, hf_folder)
     check_shape(args)
     check_fp8(args)
-    check_fp8_device(args)
+    check_machine(args)
     check_attention(args)
     check_outputs(args, checkpoint)
     check_room(args, hf_config)

@@ -6,13 +6,9 @@ compute in bf16 as ever: the fused head reads the output weight itself.
 """
 
 import argparse
-import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import torch
-
-from megatron_amopo import device
 from megatron_amopo.errors import ConfigError
 
 #: Of a rank's tokens, and of the sizes of every weight matrix on a rank, by the recipe's name in ``--fp8-recipe``:
@@ -20,8 +16,6 @@ from megatron_amopo.errors import ConfigError
 #: scale for 128 values of a row, or for 128 × 128 of a weight (arXiv 2412.19437 §3.3.2).
 ALIGNMENT: Mapping[str, int] = MappingProxyType({"delayed": 16, "tensorwise": 16, "blockwise": 128})
 
-#: Of the GPU: Ada has FP8 units, Hopper those that block-wise scaling is made for.
-_LEAST_CAPABILITY = MappingProxyType({"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)})
 _FURTHER_FLAGS = ("first_last_layers_bf16", "amopo_fp8_check_interval")
 
 
@@ -56,24 +50,6 @@ def check_fp8(args: argparse.Namespace) -> None:
             "take tensorwise or blockwise"
         )
     _check_weights(args)
-
-
-def check_fp8_device(args: argparse.Namespace) -> None:
-    """Whether this machine computes in FP8.
-
-    Raises:
-        ConfigError: it lacks Transformer Engine, or a GPU that is new enough.
-    """
-    if not args.fp8:
-        return
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise ConfigError("--fp8-format needs Transformer Engine, which isn't installed (docs/install.md)")
-    least = _LEAST_CAPABILITY[args.fp8_recipe]
-    if not device.has_cuda() or torch.cuda.get_device_capability() < least:
-        raise ConfigError(
-            f"--fp8-format with --fp8-recipe {args.fp8_recipe} needs a GPU of compute capability "
-            f"{'.'.join(map(str, least))} or higher"
-        )
 
 
 def _check_weights(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from megatron_amopo.data.batching import SampleOrder
 from megatron_amopo.data.dataset import PreparedGroups
 from tests.distributed.layout_runs import CP2, OVERLAP, PP2, SGD, SGD_BY_ADAM, TP2, VPP
 from tests.distributed.test_model import separate_logps
-from tests.support.jobs_observers import fp8_switched_off, train_with_fp8_check
+from tests.support.jobs_observers import fp8_contexts, train_with_fp8_check
 
 BATCH, SEED, FACTOR = 8, 7, -1.0
 
@@ -91,5 +91,6 @@ def test_training_is_the_same(ranks, workplace, checked, tmp_path):
     assert len(losses) == 3
 
 
-def test_fp8_is_switched_off_and_on_again(ranks):
-    assert ranks.run(fp8_switched_off, 1)[0] == ([None, None], ["hybrid", "hybrid"])
+def test_fp8_is_switched_off_and_on_again(ranks, workplace):
+    """By what Megatron's block asks for each of the four layers."""
+    assert ranks.run(fp8_contexts, 1, workplace.mcore)[0] == (4, 0, 4, "hybrid")

@@ -57,7 +57,7 @@ def test_fp8_is_refused_by_the_machine_alone(name, recipe, ranks, places, tmp_pa
     flags, world_size = flags_of(name, places, tmp_path, {"PRECISION": "fp8", **FP8[recipe]})
     assert ranks.run(launch_refusal, 1, flags, world_size)[0] == ""
     own_words = ranks.run(launch_refusal, 1, flags, world_size, on_hopper=False)[0]
-    assert "--fp8-format needs Transformer Engine, which isn't installed" in own_words
+    assert "--transformer-impl transformer_engine needs Transformer Engine, which isn't installed" in own_words
 
 
 def test_what_is_refused(ranks, places, tmp_path):

@@ -45,8 +45,14 @@ FLAGS = {
     "fp8 machine": (
         ["--fp8-format", "hybrid", "--bf16", "--transformer-impl", "transformer_engine"],
         1,
-        "--fp8-format needs Transformer Engine, which isn't installed",
+        "--transformer-impl transformer_engine needs Transformer Engine, which isn't installed",
     ),
+    "optimizer": (
+        ["--bf16", "--use-distributed-optimizer", "--use-precision-aware-optimizer"],
+        1,
+        "--use-precision-aware-optimizer needs Transformer Engine, which isn't installed",
+    ),
+    "offload": (["--bf16", "--optimizer-cpu-offload"], 1, "--optimizer-cpu-offload takes the optimizer from the GPU"),
     "fp8 output": (["--fp8-output-proj"], 1, "--fp8-output-proj is not supported"),
     "fp8 weights": (["--fp8-param-gather"], 1, "--fp8-param-gather is not supported"),
     "fp8 check": (["--amopo-fp8-check-interval", "1"], 1, "--amopo-fp8-check-interval is about FP8"),

@@ -13,7 +13,7 @@ def launch_refusal(flags: list[str], world_size: int, *, on_hopper: bool = True)
     Args:
         flags: of the training command.
         world_size: ranks.
-        on_hopper: leave out whether this machine has what FP8 needs.
+        on_hopper: leave out whether this machine has what the flags need.
     """
     from megatron.training.arguments import core_transformer_config_from_args
 
@@ -23,7 +23,7 @@ def launch_refusal(flags: list[str], world_size: int, *, on_hopper: bool = True)
 
     with (
         patch.object(arguments, "check_room"),  # on this machine's disk
-        patch.object(arguments, "check_fp8_device") if on_hopper else contextlib.nullcontext(),
+        patch.object(arguments, "check_machine") if on_hopper else contextlib.nullcontext(),
         patch.dict(os.environ, {"WORLD_SIZE": str(world_size)}),
         patch.object(sys, "argv", ["train", *flags]),
     ):

@@ -73,17 +73,32 @@ def train_with_fp8_check(flags: list[str], factor: float) -> None:
         train(flags, want_tensors=False)
 
 
-def fp8_switched_off() -> tuple[list[str | None], list[str | None]]:
-    """The formats of a model's two chunks within :func:`without_fp8` that fails, and after it."""
-    from types import SimpleNamespace
-    from typing import Any
+def fp8_contexts(mcore: Path) -> tuple[int, int, int, str | None]:
+    """How many layers of a converted checkpoint's model Megatron would compute in FP8: with it on, within
+    :func:`without_fp8`, which then fails, and after that; and the format that is on in the end.
+    """
+    from contextlib import nullcontext, suppress
 
+    import torch
+    from megatron.core.transformer import transformer_block
+
+    from megatron_amopo.certification.tiny import random_groups
+    from megatron_amopo.data.batching import pack
+    from megatron_amopo.model.builder import forward_logps
     from megatron_amopo.training.fp8_check import without_fp8
+    from tests.support.jobs_model import loaded_model
 
-    chunks: list[Any] = [SimpleNamespace(decoder=SimpleNamespace(config=SimpleNamespace(fp8="hybrid"))) for _ in "ab"]
-    try:
-        with without_fp8(chunks):
-            within = [chunk.decoder.config.fp8 for chunk in chunks]
+    batch = pack(random_groups(1, dimensions=2), torch.zeros(1, 2, 2), [True])
+    with loaded_model(mcore) as (model, vocab_size):
+        model.config.fp8, model.config.fp8_recipe = "hybrid", "tensorwise"
+
+        def layers_in_fp8() -> int:
+            with patch.object(transformer_block, "get_fp8_context", side_effect=lambda *_: nullcontext()) as context:
+                forward_logps(model, batch, vocab_size=vocab_size)
+            return context.call_count
+
+        before, within = layers_in_fp8(), -1
+        with suppress(InterruptedError), without_fp8([model]):
+            within = layers_in_fp8()
             raise InterruptedError
-    except InterruptedError:
-        return within, [chunk.decoder.config.fp8 for chunk in chunks]
+        return before, within, layers_in_fp8(), model.config.fp8

@@ -5,8 +5,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_amopo.errors import ConfigError
-from megatron_amopo.training import fp8
-from megatron_amopo.training.fp8 import ALIGNMENT, check_fp8, check_fp8_device, token_multiple
+from megatron_amopo.training.fp8 import ALIGNMENT, check_fp8, token_multiple
 
 #: Qwen2.5-14B's sizes.
 RUN = {
@@ -78,26 +77,3 @@ def test_refused(changes, message):
 def test_layouts_that_fit(recipe, tp):
     check_fp8(run(fp8_recipe=recipe, tensor_model_parallel_size=tp))
     check_fp8(run(fp8=None, tensor_model_parallel_size=tp))
-
-
-@pytest.mark.parametrize(
-    ("installed", "capability", "recipe", "message"),
-    [
-        (False, (9, 0), "tensorwise", "Transformer Engine, which isn't installed"),
-        (True, None, "tensorwise", "compute capability 8.9 or higher"),
-        (True, (8, 0), "delayed", "compute capability 8.9 or higher"),
-        (True, (8, 9), "blockwise", "compute capability 9.0 or higher"),
-        (True, (9, 0), "blockwise", None),
-        (True, (8, 9), "tensorwise", None),
-    ],
-)
-def test_machines(monkeypatch, installed, capability, recipe, message):
-    monkeypatch.setattr(fp8.importlib.util, "find_spec", lambda name: object() if installed else None)
-    monkeypatch.setattr(fp8.device, "has_cuda", lambda: capability is not None)
-    monkeypatch.setattr(fp8.torch.cuda, "get_device_capability", lambda: capability)
-    if message is None:
-        check_fp8_device(run(fp8_recipe=recipe))
-    else:
-        with pytest.raises(ConfigError, match=message):
-            check_fp8_device(run(fp8_recipe=recipe))
-    check_fp8_device(run(fp8=None))
