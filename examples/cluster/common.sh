@@ -5,8 +5,9 @@
 # run that was stopped or killed. Every node runs the script; OUTPUT lies on a file system that all of them share.
 #
 # The script ends with
-#   0                finished: OUTPUT/hf holds the model
+#   0                finished: OUTPUT/hf holds the model, and OUTPUT/verified says that it is the last step's
 #   REQUEUE_STATUS   to be started again: stopped by a signal or a limit, or failed after a newer checkpoint
+#   3                OUTPUT/hf isn't the last step's weights; never started again
 #   another status   failed without a newer checkpoint: starting it again would fail again; read the log
 # torchrun hides the status with which a rank ended, so this is told from what lies in OUTPUT.
 # shellcheck shell=bash
@@ -18,6 +19,7 @@ MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # of the first node
 MASTER_PORT=${MASTER_PORT:-29500}
 REQUEUE_STATUS=${REQUEUE_STATUS:-75}   # EX_TEMPFAIL; Kubeflow starts again from 128 on
 WAIT_MINUTES=${WAIT_MINUTES:-120}      # for the first node's preparation, on the others
+readonly UNVERIFIED_STATUS=3
 HF_CACHE=${HF_CACHE:-}                 # where the imported model is kept; default OUTPUT/import. Runs may share it
 # Torch from 2.14 on waits so many seconds for ranks that it has told to end, others 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
@@ -42,7 +44,7 @@ usage() {
 paths() {
   [ $# -ge 3 ] || usage
   data=$1 model=$2 output=$3 flags=("${@:4}")
-  prepared=$output/data run=$output/run exported=$output/hf
+  prepared=$output/data run=$output/run exported=$output/hf verified=$output/verified
   [ "$DRY_RUN" = 1 ] && return
   [ -e "$data" ] || fail "DATA $data: no such file or folder"
   [ -f "$model/config.json" ] || fail "MODEL $model: not a Hugging Face folder (no config.json)"
@@ -120,9 +122,13 @@ wait_for() {
 
 # train_and_export FLAG…: on all nodes; ends the script with the status that the head of this file describes.
 train_and_export() {
-  if [ "$DRY_RUN" != 1 ] && [ -d "$exported" ]; then
+  if [ "$DRY_RUN" != 1 ] && [ -f "$verified" ]; then
     echo "finished already: $exported"
     exit 0
+  fi
+  if [ "$DRY_RUN" != 1 ] && [ -d "$exported" ]; then
+    echo "exported already, but not verified: $exported"
+    verify_export
   fi
   local rendezvous=(--standalone)
   if [ "$NODES" != 1 ]; then
@@ -140,11 +146,17 @@ train_and_export() {
     launch_and_forward "${launch[@]}" || status=$?
     status=$(run_status "$status" "$before")
   fi
-  if [ "$status" = 0 ] && [ "$NODE_RANK" = 0 ]; then
-    show_and_run "show that the export is the last step's weights" \
-      python "$root/tools/convert_checkpoint.py" verify "$exported" "$run" || status=$?
-  fi
-  exit "$status"
+  [ "$status" = 0 ] || exit "$status"
+  verify_export
+}
+
+# On the first node; ends the script.
+verify_export() {
+  [ "$NODE_RANK" = 0 ] || exit 0
+  show_and_run "show that the export is the last step's weights" \
+    python "$root/tools/convert_checkpoint.py" verify "$exported" "$run" || exit "$UNVERIFIED_STATUS"
+  [ "$DRY_RUN" = 1 ] || touch "$verified"
+  exit 0
 }
 
 # Ranks get SIGUSR1, after which they save and end, whichever signal this script is sent. torchrun isn't told: it would
@@ -175,9 +187,11 @@ run_status() {
   fi
   if [ -f "$run/requeue" ]; then
     echo "$REQUEUE_STATUS" # stopped before its last step, all state saved
+  elif [ -d "$exported" ]; then
+    echo 0 # the last thing that training writes
   elif [ "$1" != 0 ] && [ "$(saved_step)" != "$2" ]; then
     echo "$REQUEUE_STATUS"
-  elif [ "$1" = 0 ] && [ "$NODE_RANK" = 0 ] && [ ! -d "$exported" ]; then
+  elif [ "$1" = 0 ] && [ "$NODE_RANK" = 0 ]; then
     echo "$REQUEUE_STATUS" # ended by --exit-interval or the like
   else
     echo "$1"

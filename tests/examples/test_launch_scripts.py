@@ -101,6 +101,26 @@ def test_from_data_to_a_verified_export(place):
     assert len(calls(place)) == 3
 
 
+def failing_verification(place: Path) -> None:
+    script(place / "bin" / "python", f'echo "$@" >>{place}/calls\nexit 75')
+
+
+def test_an_export_that_is_not_the_last_step_is_never_finished(place):
+    (place / "prepared").mkdir()
+    (place / "prepared" / "manifest.json").write_text("{}", encoding="utf-8")
+    python = (place / "bin" / "python").read_text(encoding="utf-8")
+    failing_verification(place)
+    torchrun(place, f"{save(place, 20)}; mkdir {place}/out/hf")
+    assert launch(place, data="prepared").returncode == 3  # whatever the check ends with
+    again = launch(place, data="prepared")
+    assert again.returncode == 3
+    assert "finished already" not in again.stdout
+    assert [call.split()[0].split("/")[-1] for call in calls(place)] == ["torchrun"] + 2 * ["convert_checkpoint.py"]
+    (place / "bin" / "python").write_text(python, encoding="utf-8")
+    assert launch(place, data="prepared").returncode == 0
+    assert "finished already" in launch(place, data="prepared").stdout
+
+
 def test_prepared_data_is_used_as_it_is(place):
     (place / "prepared").mkdir()
     (place / "prepared" / "manifest.json").write_text("{}", encoding="utf-8")
@@ -123,18 +143,19 @@ def test_the_other_nodes_wait_for_the_first_ones_data(place):
 
 
 @pytest.mark.parametrize(
-    ("torchrun_does", "status"),
+    ("torchrun_does", "status", "again"),
     [
-        ("exit 1", 1),  # refused, or crashed before anything was saved
-        ("SAVE 20; exit 1", 75),  # crashed after progress
-        ("SAVE 10; exit 1", 1),  # crashed without: the checkpoint is that of the start
-        ("SAVE 20; echo >RUN/requeue; exit 1", 75),  # told to stop
-        ("SAVE 10; echo >RUN/requeue; exit 1", 75),
-        ("SAVE 20; exit 0", 75),  # --exit-interval: not the last step, nothing exported
-        ("SAVE 20; mkdir OUT/hf; exit 0", 0),
+        ("exit 1", 1, None),  # refused, or crashed before anything was saved
+        ("SAVE 20; exit 1", 75, 1),  # crashed after progress
+        ("SAVE 10; exit 1", 1, None),  # crashed without: the checkpoint is that of the start
+        ("SAVE 20; echo >RUN/requeue; exit 1", 75, 138),  # told to stop
+        ("SAVE 10; echo >RUN/requeue; exit 1", 75, 138),
+        ("SAVE 20; exit 0", 75, 138),  # --exit-interval: not the last step, nothing exported
+        ("SAVE 20; mkdir OUT/hf; exit 0", 0, None),
+        ("SAVE 20; mkdir OUT/hf; exit 1", 0, None),  # failed after all was done
     ],
 )
-def test_the_status_says_whether_to_start_again(torchrun_does, status, place):
+def test_the_status_says_whether_to_start_again(torchrun_does, status, again, place):
     run = place / "out" / "run"
     run.mkdir(parents=True)
     (run / "latest_checkpointed_iteration.txt").write_text("10\n", encoding="utf-8")
@@ -145,7 +166,8 @@ def test_the_status_says_whether_to_start_again(torchrun_does, status, place):
     assert launch(place).returncode == status
     if status == 75:
         (run / "requeue").unlink(missing_ok=True)
-        assert launch(place, REQUEUE_STATUS="138").returncode in (138, 1)
+        # The checkpoint of that step is there by now, so the second start makes no progress.
+        assert launch(place, REQUEUE_STATUS="138").returncode == again
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
@@ -228,7 +250,7 @@ def sbatch(place: Path, srun: str, **variables: str) -> subprocess.CompletedProc
 
 
 def test_slurm_starts_a_task_per_node_and_ends(place):
-    done = sbatch(place, f"mkdir -p {place}/out/hf")
+    done = sbatch(place, f"mkdir -p {place}/out/hf; touch {place}/out/verified")
     assert done.returncode == 0, done.stderr
     (srun,) = calls(place)
     assert srun.startswith("srun MASTER_ADDR=n1 NODES=2 --kill-on-bad-exit=1 --label bash -c")
@@ -241,10 +263,14 @@ def test_slurm_starts_a_task_per_node_and_ends(place):
         ("mkdir -p RUN; echo >RUN/requeue; exit 137", 75, True),  # stopped; srun killed what was left
         ("SAVE; exit 1", 75, True),
         ("exit 2", 2, False),
+        ("SAVE; mkdir HF; exit 3", 3, False),  # the export isn't the last step's weights
+        ("SAVE; mkdir HF; exit 137", 3, False),  # nor is one known to be while the check hasn't ended
     ],
 )
 def test_slurm_queues_again_what_can_go_on(srun, status, requeued, place):
-    done = sbatch(place, srun.replace("SAVE", save(place, 50)).replace("RUN", str(place / "out" / "run")))
+    for word, meaning in (("SAVE", save(place, 50)), ("RUN", str(place / "out" / "run")), ("HF", f"{place}/out/hf")):
+        srun = srun.replace(word, meaning)
+    done = sbatch(place, srun)
     assert done.returncode == status
     assert (calls(place)[-1] == "scontrol requeue 4711") == requeued
 
