@@ -232,13 +232,16 @@ def test_missing_inputs_are_named(place):
 # Slurm
 
 
-def sbatch(place: Path, srun: str, **variables: str) -> subprocess.CompletedProcess:
+def sbatch(
+    place: Path, srun: str, paths: tuple[str, str, str] | None = None, **variables: str
+) -> subprocess.CompletedProcess:
     """The batch script on the first node of two, with an srun that does what is given."""
-    script(place / "bin" / "srun", f'echo "srun MASTER_ADDR=$MASTER_ADDR NODES=$NODES $@" >>{place}/calls\n{srun}')
+    shown = "srun MASTER_ADDR=$MASTER_ADDR NODES=$NODES HF_CACHE=$HF_CACHE"
+    script(place / "bin" / "srun", f'echo "{shown} $@" >>{place}/calls\n{srun}')
     script(place / "bin" / "scontrol", f'[ "$1" = show ] && printf "n1\\nn2\\n" || echo "scontrol $@" >>{place}/calls')
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
     command = ["/bin/bash", "examples/slurm/train.sbatch", "examples/qwen2.5_32b.sh"]
-    command += [str(place / "data.jsonl"), str(place / "qwen2.5_32b"), str(place / "out")]
+    command += paths or [str(place / "data.jsonl"), str(place / "qwen2.5_32b"), str(place / "out")]
     return subprocess.run(
         command,
         cwd=place / "checkout",
@@ -253,7 +256,7 @@ def test_slurm_starts_a_task_per_node_and_ends(place):
     done = sbatch(place, f"mkdir -p {place}/out/hf; touch {place}/out/verified")
     assert done.returncode == 0, done.stderr
     (srun,) = calls(place)
-    assert srun.startswith("srun MASTER_ADDR=n1 NODES=2 --kill-on-bad-exit=1 --label bash -c")
+    assert srun.startswith("srun MASTER_ADDR=n1 NODES=2 HF_CACHE= --kill-on-bad-exit=1 --label bash -c")
     assert srun.endswith(f"task examples/qwen2.5_32b.sh {place}/data.jsonl {place}/qwen2.5_32b {place}/out")
 
 
@@ -273,6 +276,42 @@ def test_slurm_queues_again_what_can_go_on(srun, status, requeued, place):
     done = sbatch(place, srun)
     assert done.returncode == status
     assert (calls(place)[-1] == "scontrol requeue 4711") == requeued
+
+
+def test_slurm_does_not_take_an_earlier_start_s_word(place):
+    """A job that was stopped, and whose next start ends before the scripts begin."""
+    run = place / "out" / "run"
+    run.mkdir(parents=True)
+    (run / "requeue").write_text("", encoding="utf-8")
+    assert sbatch(place, "exit 1").returncode == 1
+    assert not any("requeue" in call for call in calls(place))
+
+
+@pytest.mark.parametrize(("restarts", "requeued"), [("2", True), ("3", False)])
+def test_slurm_does_not_start_again_for_ever(restarts, requeued, place):
+    variables = {"SLURM_RESTART_COUNT": restarts, "MAX_RESTARTS": "3"}
+    done = sbatch(place, f"{save(place, 50)}; exit 1", **variables)
+    assert done.returncode == 75
+    assert (calls(place)[-1] == "scontrol requeue 4711") == requeued
+    assert ("MAX_RESTARTS=3" in done.stderr) != requeued
+
+
+def test_a_container_sees_what_the_job_needs(place):
+    """Relative paths, an OUTPUT that isn't there yet, imports shared between runs."""
+    (place / "checkout" / "prepared").mkdir()
+    (place / "checkout" / "model").symlink_to(place / "qwen2.5_32b")
+    paths = ("prepared", "model/", "runs/../new")
+    variables = {"CONTAINER": "image.sqsh", "HF_CACHE": "cache", "MOUNTS": "/scratch"}
+    sbatch(place, "exit 1", paths=paths, **variables)
+    (srun,) = calls(place)
+    checkout = place / "checkout"
+    mounts = [checkout, *(checkout / name for name in ("prepared", "model", "new", "cache")), "/scratch"]
+    assert f"--container-image image.sqsh --container-mounts {','.join(map(str, mounts))} " in srun
+    assert f"--container-workdir {checkout} " in srun
+    assert srun.endswith(f"qwen2.5_32b.sh {checkout}/prepared {checkout}/model {checkout}/new")
+    assert f"HF_CACHE={checkout}/cache " in srun
+    assert (checkout / "new").is_dir()
+    assert (checkout / "cache").is_dir()
 
 
 def test_slurm_is_told_to_signal_and_requeue():
