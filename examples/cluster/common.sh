@@ -96,19 +96,39 @@ set_recompute() {
   esac
 }
 
-# prepare_data FLAG…: DATA itself where it is prepared, else OUTPUT/data, made by the first node on first use.
+# prepare_data FLAG VALUE…: DATA itself where it is prepared, else OUTPUT/data, made by the first node on first use.
 prepare_data() {
   if [ -f "$data/manifest.json" ]; then
     prepared=$data
+    set --
+  fi
+  keep_inputs "$@"
+  if [ "$prepared" = "$data" ] || { [ "$DRY_RUN" != 1 ] && [ -f "$prepared/manifest.json" ]; }; then
+    echo "# using prepared data: $prepared"
     return
   fi
-  [ "$DRY_RUN" != 1 ] && [ -f "$prepared/manifest.json" ] && return
   if [ "$NODE_RANK" != 0 ]; then
     [ "$DRY_RUN" = 1 ] || wait_for "$prepared/manifest.json" "the first node's preparation"
     return
   fi
   show_and_run "prepare the data, once" python "$root/tools/prepare_preferences.py" "$data" --output "$prepared" \
     --tokenizer "$model" "$@"
+}
+
+# keep_inputs FLAG VALUE…: notes DATA, MODEL and what DATA is prepared with in OUTPUT/inputs. OUTPUT goes on with what it
+# has, so a start that asks for others is refused.
+keep_inputs() {
+  [ "$DRY_RUN" != 1 ] || return 0
+  local file=$output/inputs wanted
+  wanted=$(printf '%s %s\n' DATA "$(realpath -ms "$data")" MODEL "$(realpath -ms "$model")" "$@")
+  if [ -f "$file" ]; then
+    diff "$file" - <<<"$wanted" >&2 ||
+      fail "OUTPUT $output was begun with other inputs (<) than these (>): take another OUTPUT"
+  elif [ "$NODE_RANK" = 0 ]; then
+    mkdir -p "$output"
+    echo "$wanted" >"$file.partial"
+    mv "$file.partial" "$file"
+  fi
 }
 
 wait_for() {

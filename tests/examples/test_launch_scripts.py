@@ -128,6 +128,29 @@ def test_prepared_data_is_used_as_it_is(place):
     assert "--amopo-data prepared " in calls(place)[0]
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_output_belongs_to_its_inputs(finished, place):
+    if not finished:
+        torchrun(place, "exit 1")
+    first = launch(place)
+    assert first.returncode == (0 if finished else 1)
+    (place / "other.jsonl").write_text("{}\n", encoding="utf-8")
+    before = calls(place)
+    for changed, said in (
+        ({"CUTOFF": "2048"}, ["< --cutoff-len 1024", "> --cutoff-len 2048"]),
+        ({"data": "other.jsonl"}, [f"< DATA {place}/data.jsonl", f"> DATA {place}/other.jsonl"]),
+        ({"name": "qwen2.5_14b"}, [f"> MODEL {place}/qwen2.5_14b"]),
+    ):
+        refused = launch(place, **changed)
+        assert refused.returncode == 2
+        assert "was begun with other inputs" in refused.stderr
+        assert [line for line in said if line not in refused.stderr.splitlines()] == []
+    assert calls(place) == before
+    again = launch(place, data="./data.jsonl")
+    assert again.returncode == first.returncode
+    assert "using prepared data: out/data" in again.stdout
+
+
 def test_the_other_nodes_wait_for_the_first_ones_data(place):
     variables = {"NODE_RANK": "1", "MASTER_ADDR": "node0", "WAIT_MINUTES": "0"}
     waited = launch(place, "qwen2.5_32b", **variables)
