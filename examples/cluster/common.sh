@@ -25,7 +25,12 @@ HF_CACHE=${HF_CACHE:-}                 # where the imported model is kept; defau
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-[ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
+# The checkout's environment comes first, but in a container only one that lies on top of the image's packages: another
+# is the host's and would hide the image's torch and Transformer Engine.
+if [ -x "$root/.venv/bin/python" ] && { [ -z "${NVIDIA_PYTORCH_VERSION:-}${CONTAINER:-}" ] ||
+  grep -q 'include-system-site-packages = true' "$root/.venv/pyvenv.cfg"; }; then
+  PATH="$root/.venv/bin:$PATH"
+fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron: collectives start in order
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" # micro-batches differ in length
@@ -33,6 +38,15 @@ export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:T
 fail() {
   echo "error: $*" >&2
   exit 2
+}
+
+# Stopped before the ranks are there: nothing is lost, and everything that is written is written beside and renamed.
+stopped_early() {
+  mkdir -p "$run"
+  touch "$run/requeue" # srun's status may be that of a task that it killed
+  # shellcheck disable=SC2046 # one word each
+  kill $(jobs -p) 2>/dev/null || true
+  exit "$REQUEUE_STATUS"
 }
 
 usage() {
@@ -46,6 +60,7 @@ paths() {
   data=$1 model=$2 output=$3 flags=("${@:4}")
   prepared=$output/data run=$output/run exported=$output/hf verified=$output/verified
   [ "$DRY_RUN" = 1 ] && return
+  trap stopped_early TERM INT USR1
   [ -e "$data" ] || fail "DATA $data: no such file or folder"
   [ -f "$model/config.json" ] || fail "MODEL $model: not a Hugging Face folder (no config.json)"
 }
@@ -111,8 +126,11 @@ prepare_data() {
     [ "$DRY_RUN" = 1 ] || wait_for "$prepared/manifest.json" "the first node's preparation"
     return
   fi
-  show_and_run "prepare the data, once" python "$root/tools/prepare_preferences.py" "$data" --output "$prepared" \
-    --tokenizer "$model" "$@"
+  local command=(python "$root/tools/prepare_preferences.py" "$data" --output "$prepared" --tokenizer "$model" "$@")
+  show "prepare the data, once" "${command[@]}"
+  [ "$DRY_RUN" = 1 ] && return
+  "${command[@]}" &
+  wait "$!" # which a signal interrupts, unlike a command in the foreground
 }
 
 # keep_inputs FLAG VALUE…: notes DATA, MODEL and what DATA is prepared with in OUTPUT/inputs. OUTPUT goes on with what it
@@ -136,7 +154,8 @@ wait_for() {
   echo "waiting for $what: $file"
   while [ ! -f "$file" ]; do
     [ "$SECONDS" -lt "$end" ] || fail "$what didn't end within WAIT_MINUTES=$WAIT_MINUTES: $file isn't there"
-    sleep 10
+    sleep 10 &
+    wait "$!"
   done
 }
 
@@ -173,6 +192,7 @@ train_and_export() {
 # On the first node; ends the script.
 verify_export() {
   [ "$NODE_RANK" = 0 ] || exit 0
+  trap '' TERM INT USR1 # there is nothing to stop early
   show_and_run "show that the export is the last step's weights" \
     python "$root/tools/convert_checkpoint.py" verify "$exported" "$run" || exit "$UNVERIFIED_STATUS"
   [ "$DRY_RUN" = 1 ] || touch "$verified"
@@ -180,20 +200,29 @@ verify_export() {
 }
 
 # Ranks get SIGUSR1, after which they save and end, whichever signal this script is sent. torchrun isn't told: it would
-# kill ranks that take longer to save than it waits.
+# kill ranks that take longer to save than it waits. Until the ranks listen they ignore it, so it is sent again and again.
 launch_and_forward() {
-  local launcher interrupted status
-  trap '' USR1 # torchrun inherits that, as do its ranks until they listen
-  "$@" &
+  local launcher repeater='' interrupted status
+  (trap '' USR1 && exec "$@") & # torchrun inherits that, as do its ranks until they listen
   launcher=$!
-  trap 'interrupted=1; pkill -USR1 -P "$launcher" || true' TERM INT USR1
+  trap 'interrupted=1; [ -n "$repeater" ] || { repeat_stop "$launcher" & repeater=$!; }' TERM INT USR1
   while true; do
     interrupted=0 status=0
     wait "$launcher" || status=$?
     [ "$interrupted" = 1 ] || break # else the signal ended `wait`, not torchrun
   done
   trap '' TERM INT USR1
+  [ -z "$repeater" ] || kill "$repeater" 2>/dev/null || true
   return "$status"
+}
+
+# repeat_stop LAUNCHER: SIGUSR1 to its ranks every two seconds while it lives.
+repeat_stop() {
+  trap '' USR1 # Slurm signals all of a task's processes
+  while kill -0 "$1" 2>/dev/null; do
+    pkill -USR1 -P "$1" || true
+    sleep 2
+  done
 }
 
 saved_step() {

@@ -121,6 +121,25 @@ def test_an_export_that_is_not_the_last_step_is_never_finished(place):
     assert "finished already" in launch(place, data="prepared").stdout
 
 
+@pytest.mark.parametrize(
+    ("variables", "on_top", "expected"),
+    [
+        ({}, "false", "checkout"),
+        ({"CONTAINER": "image.sqsh"}, "false", "image"),
+        ({"NVIDIA_PYTORCH_VERSION": "26.06"}, "false", "image"),
+        ({"NVIDIA_PYTORCH_VERSION": "26.06"}, "true", "checkout"),  # made in the container
+    ],
+)
+def test_the_host_s_environment_stays_out_of_a_container(variables, on_top, expected, place):
+    environment_of = place / "checkout" / ".venv"
+    for folder, says in ((environment_of / "bin", "checkout"), (place / "bin", "image")):
+        script(folder / "torchrun", f"echo {says} >>{place}/calls; exit 1")
+        script(folder / "python", 'mkdir -p "$4" && echo "{}" >"$4/manifest.json"')
+    (environment_of / "pyvenv.cfg").write_text(f"include-system-site-packages = {on_top}\n", encoding="utf-8")
+    assert launch(place, **variables).returncode == 1
+    assert calls(place) == [expected]
+
+
 def test_prepared_data_is_used_as_it_is(place):
     (place / "prepared").mkdir()
     (place / "prepared" / "manifest.json").write_text("{}", encoding="utf-8")
@@ -193,9 +212,34 @@ def test_the_status_says_whether_to_start_again(torchrun_does, status, again, pl
         assert launch(place, REQUEUE_STATUS="138").returncode == again
 
 
+def signalled(place: Path, sent: signal.Signals, *, up: str) -> int:
+    """Start the script on the first node and send it a signal when file ``up`` is there; the script's status."""
+    command = ["/bin/bash", str(place / "checkout" / "examples" / "qwen2.5_7b.sh"), "data.jsonl", "qwen2.5_7b", "out"]
+    process = subprocess.Popen(command, cwd=place, env=environment(place), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (place / up).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(sent)
+    process.communicate(timeout=30)
+    return process.returncode
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_reaches_the_ranks_and_torchrun_lives(sent, place):
-    """A stand-in for torchrun that a signal would kill, with a rank that saves for a while when it is told to stop."""
+def test_a_signal_before_training_is_a_stop(sent, place):
+    script(place / "bin" / "python", f"touch {place}/up; exec sleep 60 >/dev/null")
+    start = time.monotonic()
+    assert signalled(place, sent, up="up") == 75
+    assert time.monotonic() - start < 30
+    assert (place / "out" / "run" / "requeue").exists()  # srun's status may say something else
+    assert calls(place) == []
+
+
+@pytest.mark.parametrize("starts", [0, 3], ids=["ranks that train", "ranks that start"])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_ranks_and_torchrun_lives(sent, starts, place):
+    """A stand-in for torchrun that a signal would kill, with a rank that saves for a while when it is told to stop; it
+    listens ``starts`` seconds after the signal."""
     run = place / "out" / "run"
     (place / "rank.py").write_text(
         "import pathlib, signal, sys, time\n"
@@ -206,22 +250,18 @@ def test_a_signal_reaches_the_ranks_and_torchrun_lives(sent, place):
         "    (run / 'latest_checkpointed_iteration.txt').write_text('7')\n"
         "    (run / 'requeue').write_text('7')\n"
         "    sys.exit(75)\n"
+        f"up = pathlib.Path({str(place / 'up')!r})\n"
+        f"if {starts}:\n"
+        "    up.touch()\n"
+        f"    time.sleep({starts})\n"
         "signal.signal(signal.SIGUSR1, stop)\n"
-        f"pathlib.Path({str(place / 'up')!r}).touch()\n"
+        "up.touch()\n"
         "while True:\n"
         "    time.sleep(0.1)\n",
         encoding="utf-8",
     )
     torchrun(place, f"{sys.executable} {place}/rank.py & wait $! || exit 1")
-    command = ["/bin/bash", str(place / "checkout" / "examples" / "qwen2.5_7b.sh"), "data.jsonl", "qwen2.5_7b", "out"]
-    process = subprocess.Popen(command, cwd=place, env=environment(place), stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
-    while not (place / "up").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(sent)
-    process.communicate(timeout=30)
-    assert process.returncode == 75
+    assert signalled(place, sent, up="up") == 75
     assert (run / "requeue").read_text() == "7"
 
 
