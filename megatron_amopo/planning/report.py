@@ -56,7 +56,8 @@ def print_plan(console: Console, question: Question, plan: Plan, places: Places,
     if best:
         console.print(_layouts_table(question, best[:most]))
         console.print(
-            f"The first is recommended: of those within {CLOSE:.0%} of the quickest's step time it takes the least memory."
+            f"The first is recommended: of those within {CLOSE:.0%} of the quickest's step time it takes the least "
+            "memory."
         )
         _print_details(console, question, best[0], places)
     else:

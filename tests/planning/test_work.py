@@ -47,7 +47,7 @@ def test_a_step_is_dealt_as_in_training():
 
 
 def test_the_longest_micro_batch_is_one_of_any_shuffle():
-    """Of 1,000 steps an epoch, in one of which is the longest record; then of batches that reach over an epoch's end."""
+    """Of 1,000 steps an epoch, one with the longest record; then of batches that reach over an epoch's end."""
     rng = np.random.default_rng(5)
     lengths = rng.integers(20, 60, (8_000, 2, 3))
     lengths[4_321] = 900
