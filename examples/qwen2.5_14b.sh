@@ -47,8 +47,9 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-50}
 # parameter of the rank.
 #
 # One record has at most D × (prompt + two responses) ≤ 4 × 2 × 1,024 = 8,192 tokens, so MAX_TOKENS holds any, and
-# several short ones together; it bounds the activations, whatever the data. TP 2 × DP 4 takes 66.5e9 for the first
-# three, which leaves little room even with RECOMPUTE=full (2.7e9). Tensor parallelism stays within the node's NVLink.
+# several short ones together; for D ≤ 4 it bounds the activations, under this CUTOFF to those above. A longer record
+# makes a micro-batch of its own. TP 2 × DP 4 takes 66.5e9 for the first three, which leaves little room even with
+# RECOMPUTE=full (2.7e9). Tensor parallelism stays within the node's NVLink.
 LAYOUT=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP")
 [ "$TP" = 1 ] || LAYOUT+=(--sequence-parallel)
 LAYOUT+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)

@@ -49,7 +49,8 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-50}
 # parameter of the rank.
 #
 # One record has at most D × (prompt + two responses) ≤ 4 × 2 × 1,024 = 8,192 tokens, so MAX_TOKENS holds any, and
-# several short ones together; it bounds the activations, whatever the data.
+# several short ones together; for D ≤ 4 it bounds the activations, under this CUTOFF to those above. A longer record
+# makes a micro-batch of its own.
 #
 # Tensor parallelism fills a node and its NVLink, and one key-value head is left to each rank; between nodes only
 # gradients and weights travel, once per step. On eight nodes TP=4 PP=2 is the alternative: the same first three parts,

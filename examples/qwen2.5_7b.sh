@@ -47,9 +47,9 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-50}
 # parameter of the rank.
 #
 # One record has at most D × (prompt + two responses) ≤ 4 × 2 × 1,024 = 8,192 tokens, so MAX_TOKENS holds any, and
-# several short ones together; it bounds the activations, whatever the data. TP 1 × DP 8 takes 57.1e9 for the first
-# three and fits only with RECOMPUTE=full (3.0e9 of activations), which computes a third more. Tensor parallelism stays
-# within the node's NVLink.
+# several short ones together; for D ≤ 4 it bounds the activations, under this CUTOFF to those above. A longer record
+# makes a micro-batch of its own. TP 1 × DP 8 takes 57.1e9 for the first three and fits only with RECOMPUTE=full (3.0e9
+# of activations), which computes a third more. Tensor parallelism stays within the node's NVLink.
 LAYOUT=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP")
 [ "$TP" = 1 ] || LAYOUT+=(--sequence-parallel)
 LAYOUT+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megatron_amopo.planning.planner import Question
 
 _LOG_WIDTH = 120
+_GPUS = 8
 _STATED = ("dimensions", "prompt_tokens", "response_tokens", "shared_tokens", "longest_response_tokens")
 
 
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--share-prefixes", choices=SHARINGS, default="tree", help="(default: %(default)s)")
     machine = parser.add_argument_group("GPUs")
     machine.add_argument("--gpu", default="h100", metavar="|".join(GPUS), help="(default: %(default)s)")
-    machine.add_argument("--gpus", type=int, default=8, metavar="N", help="all of the run (default: %(default)s)")
+    machine.add_argument("--gpus", type=int, metavar="N", help=f"all of the run (default: {_GPUS})")
     machine.add_argument("--headroom", type=float, default=0.05, help="memory to leave free (default: %(default)s)")
     run = parser.add_argument_group("run")
     run.add_argument("--global-batch-size", type=int, default=64, metavar="N", help="records (default: %(default)s)")
@@ -80,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.plot is not None and not options.scaling:
         parser.error("--plot is of --scaling")
+    if options.scaling and options.gpus is not None:
+        parser.error("--scaling is over numbers of GPUs of its own; leave out --gpus")
+    options.gpus = _GPUS if options.gpus is None else options.gpus
     return exit_status(lambda: _run(options))
 
 

@@ -5,8 +5,9 @@
 # run that was stopped or killed. Every node runs the script; OUTPUT lies on a file system that all of them share.
 #
 # The script ends with
-#   0                finished: OUTPUT/hf holds the model
+#   0                finished: OUTPUT/hf holds the model, and OUTPUT/verified says that it is the last step's
 #   REQUEUE_STATUS   to be started again: stopped by a signal or a limit, or failed after a newer checkpoint
+#   3                OUTPUT/hf isn't the last step's weights; never started again
 #   another status   failed without a newer checkpoint: starting it again would fail again; read the log
 # torchrun hides the status with which a rank ended, so this is told from what lies in OUTPUT.
 # shellcheck shell=bash
@@ -18,12 +19,18 @@ MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}  # of the first node
 MASTER_PORT=${MASTER_PORT:-29500}
 REQUEUE_STATUS=${REQUEUE_STATUS:-75}   # EX_TEMPFAIL; Kubeflow starts again from 128 on
 WAIT_MINUTES=${WAIT_MINUTES:-120}      # for the first node's preparation, on the others
+readonly UNVERIFIED_STATUS=3
 HF_CACHE=${HF_CACHE:-}                 # where the imported model is kept; default OUTPUT/import. Runs may share it
 # Torch from 2.14 on waits so many seconds for ranks that it has told to end, others 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-[ -x "$root/.venv/bin/python" ] && PATH="$root/.venv/bin:$PATH"
+# The checkout's environment comes first, but in a container only one that lies on top of the image's packages: another
+# is the host's and would hide the image's torch and Transformer Engine.
+if [ -x "$root/.venv/bin/python" ] && { [ -z "${NVIDIA_PYTORCH_VERSION:-}${CONTAINER:-}" ] ||
+  grep -q 'include-system-site-packages = true' "$root/.venv/pyvenv.cfg"; }; then
+  PATH="$root/.venv/bin:$PATH"
+fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron: collectives start in order
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}" # micro-batches differ in length
@@ -31,6 +38,15 @@ export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:T
 fail() {
   echo "error: $*" >&2
   exit 2
+}
+
+# Stopped before the ranks are there: nothing is lost, and everything that is written is written beside and renamed.
+stopped_early() {
+  mkdir -p "$run"
+  touch "$run/requeue" # srun's status may be that of a task that it killed
+  # shellcheck disable=SC2046 # one word each
+  kill $(jobs -p) 2>/dev/null || true
+  exit "$REQUEUE_STATUS"
 }
 
 usage() {
@@ -42,8 +58,9 @@ usage() {
 paths() {
   [ $# -ge 3 ] || usage
   data=$1 model=$2 output=$3 flags=("${@:4}")
-  prepared=$output/data run=$output/run exported=$output/hf
+  prepared=$output/data run=$output/run exported=$output/hf verified=$output/verified
   [ "$DRY_RUN" = 1 ] && return
+  trap stopped_early TERM INT USR1
   [ -e "$data" ] || fail "DATA $data: no such file or folder"
   [ -f "$model/config.json" ] || fail "MODEL $model: not a Hugging Face folder (no config.json)"
 }
@@ -94,19 +111,42 @@ set_recompute() {
   esac
 }
 
-# prepare_data FLAG…: DATA itself where it is prepared, else OUTPUT/data, made by the first node on first use.
+# prepare_data FLAG VALUE…: DATA itself where it is prepared, else OUTPUT/data, made by the first node on first use.
 prepare_data() {
   if [ -f "$data/manifest.json" ]; then
     prepared=$data
+    set --
+  fi
+  keep_inputs "$@"
+  if [ "$prepared" = "$data" ] || { [ "$DRY_RUN" != 1 ] && [ -f "$prepared/manifest.json" ]; }; then
+    echo "# using prepared data: $prepared"
     return
   fi
-  [ "$DRY_RUN" != 1 ] && [ -f "$prepared/manifest.json" ] && return
   if [ "$NODE_RANK" != 0 ]; then
     [ "$DRY_RUN" = 1 ] || wait_for "$prepared/manifest.json" "the first node's preparation"
     return
   fi
-  show_and_run "prepare the data, once" python "$root/tools/prepare_preferences.py" "$data" --output "$prepared" \
-    --tokenizer "$model" "$@"
+  local command=(python "$root/tools/prepare_preferences.py" "$data" --output "$prepared" --tokenizer "$model" "$@")
+  show "prepare the data, once" "${command[@]}"
+  [ "$DRY_RUN" = 1 ] && return
+  "${command[@]}" &
+  wait "$!" # which a signal interrupts, unlike a command in the foreground
+}
+
+# keep_inputs FLAG VALUE…: notes DATA, MODEL and what DATA is prepared with in OUTPUT/inputs. OUTPUT goes on with what it
+# has, so a start that asks for others is refused.
+keep_inputs() {
+  [ "$DRY_RUN" != 1 ] || return 0
+  local file=$output/inputs wanted
+  wanted=$(printf '%s %s\n' DATA "$(realpath -ms "$data")" MODEL "$(realpath -ms "$model")" "$@")
+  if [ -f "$file" ]; then
+    diff "$file" - <<<"$wanted" >&2 ||
+      fail "OUTPUT $output was begun with other inputs (<) than these (>): take another OUTPUT"
+  elif [ "$NODE_RANK" = 0 ]; then
+    mkdir -p "$output"
+    echo "$wanted" >"$file.partial"
+    mv "$file.partial" "$file"
+  fi
 }
 
 wait_for() {
@@ -114,15 +154,20 @@ wait_for() {
   echo "waiting for $what: $file"
   while [ ! -f "$file" ]; do
     [ "$SECONDS" -lt "$end" ] || fail "$what didn't end within WAIT_MINUTES=$WAIT_MINUTES: $file isn't there"
-    sleep 10
+    sleep 10 &
+    wait "$!"
   done
 }
 
 # train_and_export FLAG…: on all nodes; ends the script with the status that the head of this file describes.
 train_and_export() {
-  if [ "$DRY_RUN" != 1 ] && [ -d "$exported" ]; then
+  if [ "$DRY_RUN" != 1 ] && [ -f "$verified" ]; then
     echo "finished already: $exported"
     exit 0
+  fi
+  if [ "$DRY_RUN" != 1 ] && [ -d "$exported" ]; then
+    echo "exported already, but not verified: $exported"
+    verify_export
   fi
   local rendezvous=(--standalone)
   if [ "$NODES" != 1 ]; then
@@ -140,28 +185,44 @@ train_and_export() {
     launch_and_forward "${launch[@]}" || status=$?
     status=$(run_status "$status" "$before")
   fi
-  if [ "$status" = 0 ] && [ "$NODE_RANK" = 0 ]; then
-    show_and_run "show that the export is the last step's weights" \
-      python "$root/tools/convert_checkpoint.py" verify "$exported" "$run" || status=$?
-  fi
-  exit "$status"
+  [ "$status" = 0 ] || exit "$status"
+  verify_export
+}
+
+# On the first node; ends the script.
+verify_export() {
+  [ "$NODE_RANK" = 0 ] || exit 0
+  trap '' TERM INT USR1 # there is nothing to stop early
+  show_and_run "show that the export is the last step's weights" \
+    python "$root/tools/convert_checkpoint.py" verify "$exported" "$run" || exit "$UNVERIFIED_STATUS"
+  [ "$DRY_RUN" = 1 ] || touch "$verified"
+  exit 0
 }
 
 # Ranks get SIGUSR1, after which they save and end, whichever signal this script is sent. torchrun isn't told: it would
-# kill ranks that take longer to save than it waits.
+# kill ranks that take longer to save than it waits. Until the ranks listen they ignore it, so it is sent again and again.
 launch_and_forward() {
-  local launcher interrupted status
-  trap '' USR1 # torchrun inherits that, as do its ranks until they listen
-  "$@" &
+  local launcher repeater='' interrupted status
+  (trap '' USR1 && exec "$@") & # torchrun inherits that, as do its ranks until they listen
   launcher=$!
-  trap 'interrupted=1; pkill -USR1 -P "$launcher" || true' TERM INT USR1
+  trap 'interrupted=1; [ -n "$repeater" ] || { repeat_stop "$launcher" & repeater=$!; }' TERM INT USR1
   while true; do
     interrupted=0 status=0
     wait "$launcher" || status=$?
     [ "$interrupted" = 1 ] || break # else the signal ended `wait`, not torchrun
   done
   trap '' TERM INT USR1
+  [ -z "$repeater" ] || kill "$repeater" 2>/dev/null || true
   return "$status"
+}
+
+# repeat_stop LAUNCHER: SIGUSR1 to its ranks every two seconds while it lives.
+repeat_stop() {
+  trap '' USR1 # Slurm signals all of a task's processes
+  while kill -0 "$1" 2>/dev/null; do
+    pkill -USR1 -P "$1" || true
+    sleep 2
+  done
 }
 
 saved_step() {
@@ -175,9 +236,11 @@ run_status() {
   fi
   if [ -f "$run/requeue" ]; then
     echo "$REQUEUE_STATUS" # stopped before its last step, all state saved
+  elif [ -d "$exported" ]; then
+    echo 0 # the last thing that training writes
   elif [ "$1" != 0 ] && [ "$(saved_step)" != "$2" ]; then
     echo "$REQUEUE_STATUS"
-  elif [ "$1" = 0 ] && [ "$NODE_RANK" = 0 ] && [ ! -d "$exported" ]; then
+  elif [ "$1" = 0 ] && [ "$NODE_RANK" = 0 ]; then
     echo "$REQUEUE_STATUS" # ended by --exit-interval or the like
   else
     echo "$1"

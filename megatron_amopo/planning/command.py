@@ -42,7 +42,8 @@ def training_flags(sizes: ModelSizes, layout: Layout, options: Options, places: 
     if options.sharing != "tree":
         flags += ["--amopo-share-prefixes", options.sharing]
     flags += ["--amopo-epochs", "3", "--lr", "3e-7", "--lr-decay-style", "cosine", "--lr-warmup-fraction", "0.1"]
-    return [*flags, "--clip-grad", "3.0", "--save-interval", "200", "--eval-interval", "200"]
+    flags += ["--clip-grad", "3.0", "--weight-decay", "0"]
+    return [*flags, "--save-interval", "200", "--eval-interval", "200"]
 
 
 def launch_command(

@@ -27,6 +27,10 @@ _MOST_CHUNKS = 16
 #: Estimates that differ by less say nothing about which is quicker.
 _ALIKE = 0.01
 
+#: Of layouts that are estimated to be slower than the quickest by no more, the one with the most memory to spare is
+#: recommended: that much of an estimate of time is uncertain, and a run that is out of memory ends.
+CLOSE = 0.05
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -171,6 +175,17 @@ def distinct(estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
         alike = [one for one in variants if one.time.total <= quickest * (1 + _ALIKE)]
         chosen.append(min(alike, key=_plainness))
     return tuple(sorted(chosen, key=lambda one: one.time.total))
+
+
+def ranked(estimates: Sequence[Estimate]) -> tuple[Estimate, ...]:
+    """The :func:`distinct` ones, the recommended first: of those within :data:`CLOSE` of the quickest, the one that
+    takes the least memory. The others follow, the quickest first."""
+    found = distinct(estimates)
+    if not found:
+        return ()
+    close = [one for one in found if one.time.total <= found[0].time.total * (1 + CLOSE)]
+    recommended = min(close, key=lambda one: one.peak_memory)
+    return recommended, *(one for one in found if one is not recommended)
 
 
 def shortage(plan: Plan, question: Question) -> str | None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from megatron_amopo.planning.command import Places, launch_command, shown
 from megatron_amopo.planning.efficiency import Efficiency
 from megatron_amopo.planning.hardware import GIB
-from megatron_amopo.planning.planner import Estimate, Plan, Question, distinct, shortage
+from megatron_amopo.planning.planner import CLOSE, Estimate, Plan, Question, ranked, shortage
 from megatron_amopo.planning.scaling import Growth, Row
 
 _SHOWN_REFUSALS = 12
@@ -40,7 +40,7 @@ def assumptions(question: Question) -> list[str]:
 
 
 def print_plan(console: Console, question: Question, plan: Plan, places: Places, *, most: int) -> None:
-    """Tables of the best layouts, the quickest one's parts, reasons against the others, and the launch command."""
+    """Tables of the best layouts, the recommended one's parts, reasons against the others, and the launch command."""
     sizes, records = question.sizes, question.records
     console.print(
         f"[bold]{sizes.parameters / 1e9:.2f} billion parameters[/bold], {question.gpus:,} × {question.gpu.name}, "
@@ -48,13 +48,17 @@ def print_plan(console: Console, question: Question, plan: Plan, places: Places,
         f"{question.options.micro_batch} per micro-batch"
     )
     console.print(f"Data, {escape(records.description)}")
-    best = distinct(plan.fitting)
+    best = ranked(plan.fitting)
     console.print(
         f"{plan.considered:,} layouts: {len(plan.fitting):,} fit, {len(plan.too_large):,} are too large, "
         f"{plan.considered - len(plan.fitting) - len(plan.too_large):,} are refused"
     )
     if best:
-        console.print(_layouts_table(best[:most]))
+        console.print(_layouts_table(question, best[:most]))
+        console.print(
+            f"The first is recommended: of those within {CLOSE:.0%} of the quickest's step time it takes the least "
+            "memory."
+        )
         _print_details(console, question, best[0], places)
     else:
         console.print("[bold]No layout can be run.[/bold]")
@@ -67,17 +71,32 @@ def print_plan(console: Console, question: Question, plan: Plan, places: Places,
         console.print(f"  {escape(line)}")
 
 
-def _layouts_table(estimates: tuple[Estimate, ...]) -> Table:
+def _layouts_table(question: Question, estimates: tuple[Estimate, ...]) -> Table:
     table = Table(title="Best layouts (estimates)", title_justify="left")
-    for name in ("layout", "recompute", "micro-batches", "step, s", "records/s", "TFLOP/s per GPU", "GiB per GPU"):
+    for name in (
+        "layout",
+        "recompute",
+        "micro-batches",
+        "step, s",
+        "records/s",
+        "TFLOP/s per GPU",
+        "GiB per GPU",
+        "to spare",
+    ):
         table.add_column(name, justify="left" if name in ("layout", "recompute") else "right")
     for one in estimates:
         ends = " (ends as layers)" if one.layout.count_ends else ""
         table.add_row(
             f"{one.layout}{ends}", one.layout.recompute, str(one.work.micro_batches), f"{one.time.total:.2f}",
             f"{one.records_per_second:.1f}", f"{one.model_flops_per_gpu / 1e12:.0f}", f"{one.peak_memory / GIB:.1f}",
+            f"{_spare(question, one) / GIB:.1f}",
         )  # fmt: skip
     return table
+
+
+def _spare(question: Question, one: Estimate) -> float:
+    """Bytes of a GPU that the layout leaves, beside the headroom."""
+    return question.usable_memory - one.peak_memory
 
 
 def _print_details(console: Console, question: Question, best: Estimate, places: Places) -> None:
@@ -85,7 +104,8 @@ def _print_details(console: Console, question: Question, best: Estimate, places:
     console.print(
         f"[bold]{best.layout}[/bold]: {work.micro_batches} micro-batches per rank and step, {work.mean.tokens:,.0f} "
         f"tokens on average and {work.longest.tokens:,.0f} in the longest; the fullest rank has {work.imbalance:.3f} "
-        "times the mean tokens"
+        f"times the mean tokens; {best.peak_memory / GIB:.1f} of {question.usable_memory / GIB:.1f} usable GiB are "
+        f"taken, {_spare(question, best) / GIB:.1f} to spare"
     )
     times = Table(title="Step time, slowest stage (estimate)", title_justify="left")
     times.add_column("part")
@@ -165,6 +185,7 @@ def estimate_json(question: Question, one: Estimate, places: Places) -> dict[str
         "model_flops_per_second_per_gpu": one.model_flops_per_gpu,
         "memory_bytes_by_stage": [{**stage.parts(), "total": stage.total} for stage in one.memory],
         "peak_memory_bytes": one.peak_memory,
+        "spare_memory_bytes": _spare(question, one),
         "host_memory_bytes_per_rank": one.host_memory,
         "work": asdict(one.work),
         "command": command,
@@ -185,7 +206,7 @@ def plan_json(question: Question, plan: Plan, places: Places, *, most: int) -> d
         "layouts_considered": plan.considered,
         "layouts_fitting": len(plan.fitting),
         "layouts_too_large": len(plan.too_large),
-        "best": [estimate_json(question, one, places) for one in distinct(plan.fitting)[:most]],
+        "best": [estimate_json(question, one, places) for one in ranked(plan.fitting)[:most]],
         "shortage": None if plan.fitting else shortage(plan, question),
         "refused": [{"by": refusal.by, "reason": refusal.reason, "layouts": n} for refusal, n in plan.refused],
     }

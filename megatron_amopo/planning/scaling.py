@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_amopo.planning.planner import Estimate, Question, distinct, plan, shortage
+from megatron_amopo.planning.planner import Estimate, Question, plan, ranked, shortage
 
 GPU_COUNTS = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -47,7 +47,7 @@ def _row(question: Question, gpus: int, global_batch: int) -> Row:
     asked = replace(question, gpus=gpus, options=replace(question.options, global_batch=global_batch))
     found = plan(asked)
     if found.fitting:
-        return Row(gpus, global_batch, distinct(found.fitting)[0], "")
+        return Row(gpus, global_batch, ranked(found.fitting)[0], "")
     reason = shortage(found, asked) or (str(found.refused[0][0]) if found.refused else "no layout")
     return Row(gpus, global_batch, None, reason)
 

@@ -1,14 +1,14 @@
 """What a step has to compute, counted from records: tokens, query-key pairs, gathered keys, rows through the head.
 
 Takes prepared data, or lengths given as numbers; gives :class:`StepWork` for a number of data-parallel ranks. Records
-are dealt as training deals them (``data/balance.py``), so the longest micro-batch and the unevenness of ranks are those
-of a run, not guesses.
+are dealt as training deals them (``data/balance.py``), so the unevenness of ranks is that of a run, and the longest
+micro-batch that of the worst step which a shuffle can make: of the longest records.
 
 Shapes: N records, D dimensions.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from megatron_amopo.data.balance import plan_step
 from megatron_amopo.data.groups import Sharing, packed_tokens
 from megatron_amopo.errors import ConfigError
 
-#: Steps that the mean and the longest micro-batch are taken from; an epoch's, where it has fewer.
+#: Steps that means are taken from; an epoch's, where it has fewer.
 _MOST_STEPS = 20
 
 
@@ -54,6 +54,7 @@ class Records:
     keys: np.ndarray
     rows: np.ndarray
     description: str
+    stated: bool = False  # they stand for more records, so that any number in a step may be as long as the longest
 
     @classmethod
     def of(cls, lengths: np.ndarray, shared: np.ndarray, sharing: Sharing, description: str) -> "Records":
@@ -89,17 +90,20 @@ def _step(records: Records, global_batch: int, micro_batch: int, dp: int) -> Ste
     counts = np.stack([records.tokens, records.pairs, records.keys, records.rows])
     num_micro_batches = global_batch // (micro_batch * dp)
     rng = np.random.default_rng(1)
+    # Over the end of an epoch a step may hold a record once more than an epoch's share of it.
+    times = global_batch if records.stated else 1 + -(-global_batch // len(records))
+    worst = np.repeat(np.argsort(-records.tokens, kind="stable")[:global_batch], times)[:global_batch]
     samples = np.concatenate([rng.permutation(len(records)) for _ in range(1 + global_batch // len(records))])
     steps = max(1, min(_MOST_STEPS, len(samples) // global_batch))
-    longest, total, imbalances = counts[:, :1].sum(1), np.zeros(4), []
-    for number in range(steps):
-        chosen = samples[number * global_batch : (number + 1) * global_batch]
+    longest, total, imbalances = np.zeros(4), np.zeros(4), []
+    for chosen in [worst, *samples[: steps * global_batch].reshape(steps, global_batch)]:
         plan = plan_step(records.tokens[chosen], num_micro_batches=num_micro_batches, dp_size=dp)
-        imbalances.append(plan.imbalance)
-        total += counts[:, chosen].sum(1)
         rank, place = np.unravel_index(int(plan.tokens.argmax()), plan.tokens.shape)
         candidate = counts[:, chosen[list(plan.ranks[int(rank)][int(place)].items)]].sum(1)
         longest = max(longest, candidate, key=lambda values: values[0])
+        if chosen is not worst:
+            imbalances.append(plan.imbalance)
+            total += counts[:, chosen].sum(1)
     mean = total / (steps * num_micro_batches * dp)
     return StepWork(
         micro_batches=num_micro_batches,
@@ -142,7 +146,7 @@ def stated_records(
         f"as stated: {dimensions} dimensions, prompts of {prompt_tokens:,} tokens ({shared_tokens:,} of them shared), "
         f"responses of {response_tokens:,} tokens, in one record of a hundred {longest:,}"
     )
-    return Records.of(lengths, np.full(100, shared_tokens), sharing, description)
+    return replace(Records.of(lengths, np.full(100, shared_tokens), sharing, description), stated=True)
 
 
 def sequences(*, length: int, micro_batch: int, micro_batches: int) -> StepWork:

@@ -8,7 +8,17 @@ import pytest
 
 from megatron_amopo.planning.efficiency import DEFAULT
 from megatron_amopo.planning.layout import Layout
-from megatron_amopo.planning.planner import Fixed, candidates, distinct, estimate, model_flops, plan, shortage
+from megatron_amopo.planning.planner import (
+    CLOSE,
+    Fixed,
+    candidates,
+    distinct,
+    estimate,
+    model_flops,
+    plan,
+    ranked,
+    shortage,
+)
 from megatron_amopo.planning.scaling import grow, plot
 from tests.planning.models import QWEN_7B, QWEN_32B, question
 
@@ -40,6 +50,19 @@ def test_distinct_layouts_are_the_plainest_of_the_quickest():
     assert len(splits) == len(set(splits))
     assert best[0].time.total <= result.fitting[0].time.total * 1.01
     assert [one.time.total for one in best] == sorted(one.time.total for one in best)
+
+
+def test_memory_to_spare_is_worth_a_little_time():
+    """Qwen2.5-32B on 16 GPUs: the quickest layout leaves hardly anything free."""
+    fitting = plan(question(QWEN_32B, gpus=16)).fitting
+    quickest, (best, *others) = distinct(fitting)[0], ranked(fitting)
+    assert set(ranked(fitting)) == set(distinct(fitting))
+    assert best.peak_memory < quickest.peak_memory
+    assert best.time.total <= quickest.time.total * (1 + CLOSE)
+    for other in others:
+        assert other.peak_memory >= best.peak_memory or other.time.total > quickest.time.total * (1 + CLOSE)
+    assert [one.time.total for one in others] == sorted(one.time.total for one in others)
+    assert ranked(()) == ()
 
 
 def test_a_model_that_is_too_large():

@@ -32,6 +32,9 @@ def test_a_plan(model, tmp_path, capsys):
     best = found["best"][0]
     assert best["step_seconds"] == pytest.approx(sum(best["step_parts_seconds"].values()))
     assert best["peak_memory_bytes"] == max(stage["total"] for stage in best["memory_bytes_by_stage"])
+    usable = found["gpu"]["memory_bytes"] * 0.95
+    assert best["spare_memory_bytes"] == pytest.approx(usable - best["peak_memory_bytes"])
+    assert f"usable GiB are taken, {best['spare_memory_bytes'] / 2**30:.1f} to spare" in " ".join(printed.split())
     assert best["command"][:3] == ["torchrun", "--nproc-per-node", "8"]
     assert {refusal["by"] for refusal in found["refused"]} <= {"megatron-amopo", "Megatron"}
 
@@ -72,7 +75,7 @@ def test_growth_and_its_plot(model, tmp_path, capsys):
         ([*NUMBERS, "--headroom", "1"], "--headroom is 1.0"),
         ([*NUMBERS, "--shared-tokens", "400"], "--shared-tokens is 400"),
         (["--data", "nowhere"], "no prepared data at nowhere"),
-        ([*NUMBERS, "--json", "nowhere/plan.json"], "nowhere/plan.json"),
+        ([*NUMBERS, "--json", f"{__file__}/plan.json"], "test_tool.py/plan.json"),
     ],
 )
 def test_errors_are_one_line(model, arguments, message, capsys):
@@ -86,6 +89,9 @@ def test_usage(model, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([str(model), *NUMBERS, "--plot", "growth.png"])
     assert stopped.value.code == 2
+    with pytest.raises(SystemExit):
+        main([str(model), *NUMBERS, "--scaling", "--gpus", "8"])
+    assert "--scaling is over numbers of GPUs of its own" in capsys.readouterr().err
     assert main([str(model / "missing"), *NUMBERS]) == 2
     assert "missing: no such folder" in capsys.readouterr().err
 

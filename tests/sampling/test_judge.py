@@ -30,6 +30,7 @@ class _Stub(BaseHTTPRequestHandler):
     """Answers with the next of `replies`: text of a judge, or an HTTP status."""
 
     replies: list[str | int]
+    finish_reason = "stop"
     requests: list[dict]
     location: str
     retry_after: str | None = None
@@ -38,7 +39,8 @@ class _Stub(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
         reply = self.replies.pop(0)
-        content = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+        choice = {"message": {"content": reply}, "finish_reason": self.finish_reason}
+        content = json.dumps({"choices": [choice]}).encode()
         self.send_response(reply if isinstance(reply, int) else 200)
         if reply == 302:
             self.send_header("Location", self.location)
@@ -147,6 +149,28 @@ def test_an_answer_that_the_judge_refuses_has_no_score(score, status):
     assert found[0]["reason"].startswith(f"HTTP {status} ")
     assert "reason" not in found[1]
     assert len(requests) == 2
+
+
+def test_a_reply_that_was_cut_off_has_no_score(monkeypatch):
+    monkeypatch.setattr(_Stub, "finish_reason", "length")
+    with stub("A [[3]] would be one that") as (url, _):
+        found = grade(Judge(url, "m", max_tokens=9))
+    assert found == Score({}, "A [[3]] would be one that", reason="the judge's reply was cut off at 9 tokens")
+
+
+def test_a_judge_that_refuses_all_of_the_first_ends(score, tmp_path: Path):
+    """A wrong model or setting, which would make a file without any score; a few refusals among replies don't."""
+    many = [{**PLAIN[0], "id": str(number)} for number in range(8)]
+    flags = ["--judge-model", "m", "--judge-concurrency", "1"]
+    with stub(*[400] * 8) as (url, requests):
+        said = score(many, f"judge:{url}", *flags, code=2)
+        assert "refuses each of the first 5 questions: HTTP 400" in said
+    assert len(requests) <= 6  # one may be asked already
+    assert not (tmp_path / "scores").exists()
+    with stub(400, 400, 400, 400, "[[7]]", 400, 400, 400) as (url, _):
+        found = list(Judge(url, "m", at_a_time=1).score([answered()] * 8))
+    assert sorted(place for place, _ in found) == list(range(8))
+    assert [place for place, one in found if one.scores] == [4]
 
 
 def test_what_is_graded_is_kept_when_the_judge_fails(score, tmp_path: Path):

@@ -31,6 +31,7 @@ _GRADE = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _PASSING = (408, 409, 429, 500, 502, 503, 504)  # states of a server in which trying again helps
 _UNANSWERABLE = (400, 413, 422)  # of one question: too long for the judge, or what its filter won't have
 _LONGEST_WAIT_S = 60.0
+_ALL_REFUSED = 5  # so many refusals before any reply are of the settings, not of the questions
 _TASK = """\
 Grade the last answer in the conversation below. Judge whether it is helpful, correct, relevant, deep enough and keeps \
 to what was asked; its length alone counts for nothing. Explain your judgement in a few sentences, then end with the \
@@ -43,6 +44,10 @@ class JudgeFailed(AmopoError):
 
 class _Unanswerable(Exception):
     """The endpoint refuses this question; the message says why."""
+
+
+class _CutOff(Exception):
+    """The reply ended at `max_tokens`; the message is what there is of it."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -80,8 +85,8 @@ class Judge:
         return {"judge": self.url, "model": self.model, "max_tokens": self.max_tokens, "task": _TASK}
 
     def score(self, answers: Sequence[Answered]) -> Iterator[tuple[int, Score]]:
-        """As they come, `at_a_time` of them asked for. Answers without a grade in brackets, and those that the endpoint
-        refuses, have no score. Raises JudgeFailed.
+        """As they come, `at_a_time` of them asked for. Answers without a grade in brackets, whose reply is cut off or
+        which the endpoint refuses have no score. Raises JudgeFailed, also where it refuses all of the first.
         """
         places: queue.SimpleQueue[int] = queue.SimpleQueue()
         for place in range(len(answers)):
@@ -104,11 +109,24 @@ class Judge:
         for _ in range(min(self.at_a_time, len(answers))):
             threading.Thread(target=work, daemon=True).start()
         try:
+            refused: list[tuple[int, Score]] | None = []  # held back while nothing else has come
             for _ in answers:
                 found = graded.get()
                 if isinstance(found, Exception):
                     raise found
-                yield found
+                if refused is None:
+                    yield found
+                elif found[1].said is not None:
+                    yield from [*refused, found]
+                    refused = None
+                else:
+                    refused.append(found)
+                    if len(refused) == _ALL_REFUSED:
+                        raise JudgeFailed(
+                            f"the judge at {self.url} refuses each of the first {_ALL_REFUSED} questions: "
+                            f"{found[1].reason}"
+                        )
+            yield from refused or ()
         finally:
             stopped.set()
 
@@ -121,6 +139,8 @@ class Judge:
             said = self._ask([{"role": "system", "content": _TASK}, {"role": "user", "content": turns}], stopped)
         except _Unanswerable as error:
             return Score({}, reason=str(error))
+        except _CutOff as error:
+            return Score({}, str(error), reason=f"the judge's reply was cut off at {self.max_tokens} tokens")
         # The last one: a judge may mention grades on the way.
         grades = [float(grade) for grade in _GRADE.findall(said)]
         if grades and _LOWEST <= grades[-1] <= _HIGHEST:
@@ -133,8 +153,12 @@ class Judge:
         for attempt in range(1, self.attempts + 1):
             try:
                 reply = self._post(body)
-                said = str(reply["choices"][0]["message"]["content"] or "")
-                return said.encode("utf-8", "replace").decode()  # half of a surrogate pair can't be written
+                choice = reply["choices"][0]
+                said = str(choice["message"]["content"] or "")
+                said = said.encode("utf-8", "replace").decode()  # half of a surrogate pair can't be written
+                if choice.get("finish_reason") == "length":  # a grade in it may be one mentioned on the way
+                    raise _CutOff(said)
+                return said
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.reason}: {_detail(error)}"
                 if error.code in _UNANSWERABLE:
