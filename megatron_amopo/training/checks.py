@@ -44,6 +44,9 @@ LEAST = {
     "amopo_keep_checkpoints": 1,
 }
 
+#: How files of weights end.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
 
 def check_before(args: argparse.Namespace) -> None:
     """What can be told from the flags alone, before any file is read."""
@@ -225,6 +228,13 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
                 f"--save {save} holds a run already: go on with it by --load {save} (without --finetune), or name "
                 "another folder"
             )
+        hf, source = save / "hf", checkpoint / "hf"
+        resumed = source.is_dir() and hf.is_dir() and hf.samefile(source)  # stays as it is
+        if not resumed and not is_replaceable(hf):
+            raise ConfigError(
+                f"--save {save}: {hf} holds a model's weights, or is none of a run's; a run keeps its model's config "
+                "and tokenizer there. Name another folder"
+            )
     folders = [("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)]
     folders.append(("--amopo-dump-logps", args.amopo_dump_logps and args.amopo_dump_logps.parent))
     folders.append(("--amopo-export-hf", args.amopo_export_hf and args.amopo_export_hf.parent))
@@ -240,3 +250,10 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
                 pass
         except OSError as error:
             raise ConfigError(f"{flag} {folder}: can't be written to ({error.strerror})") from error
+
+
+def is_replaceable(hf: Path) -> bool:
+    """Whether ``hf`` is free for a run's config and tokenizer: absent, or a folder as runs write it, without weights."""
+    if hf.is_symlink():
+        return False
+    return not hf.exists() or (hf.is_dir() and not any(path.suffix in _WEIGHTS for path in hf.rglob("*")))
