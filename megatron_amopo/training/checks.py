@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 
 from megatron_amopo import device
 from megatron_amopo.checkpoint.families import SequenceLimit, parameter_table
-from megatron_amopo.checkpoint.iterations import holds_checkpoint
+from megatron_amopo.checkpoint.iterations import current_iteration, holds_checkpoint, leftovers
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError, DataError
 from megatron_amopo.model.attention import select_backend
 from megatron_amopo.training.resuming import check_loadable
+from megatron_amopo.training.survival_arguments import read_retention, superfluous
 
 #: The least that a number may be.
 LEAST = {
@@ -140,14 +142,33 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
 
 
 def check_room(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> None:
-    """Whether the ``--save`` folder, which is there, has room for a checkpoint."""
+    """Whether the ``--save`` folder, which is there, has room for a checkpoint, when what the start of training removes
+    there (``Saving.begin``) is gone.
+    """
     if args.save is None or args.skip_train:
         return
     needed, free = checkpoint_bytes(args, hf_config), shutil.disk_usage(args.save).free
     if free < needed:
+        free += sum(map(_bytes_in, _removed_at_start(args, Path(args.save))))
+    if free < needed:
         raise ConfigError(
             f"--save {args.save}: a checkpoint takes about {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
         )
+
+
+def _removed_at_start(args: argparse.Namespace, save: Path) -> list[Path]:
+    resumed = args.load is not None and Path(args.load).is_dir() and save.samefile(args.load) and not args.ckpt_step
+    current = current_iteration(save) if resumed else None
+    return [*leftovers(save), *(superfluous(save, read_retention(args), current) if current is not None else ())]
+
+
+def _bytes_in(folder: Path) -> int:
+    """What deleting a folder frees; 0 for what another process has just deleted."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 def checkpoint_bytes(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> int:
@@ -253,7 +274,7 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def is_replaceable(hf: Path) -> bool:
-    """Whether ``hf`` is free for a run's config and tokenizer: absent, or a folder as runs write it, without weights."""
+    """Whether a run's config and tokenizer may go to ``hf``: it is absent, or a folder without weights, as runs write."""
     if hf.is_symlink():
         return False
     return not hf.exists() or (hf.is_dir() and not any(path.suffix in _WEIGHTS for path in hf.rglob("*")))
