@@ -274,7 +274,7 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def is_replaceable(hf: Path) -> bool:
-    """Whether a run's config and tokenizer may go to ``hf``: it is absent, or a folder without weights, as runs write."""
+    """Whether a run's config and tokenizer may go to ``hf``: it is absent, or a folder without weights."""
     if hf.is_symlink():
         return False
     return not hf.exists() or (hf.is_dir() and not any(path.suffix in _WEIGHTS for path in hf.rglob("*")))

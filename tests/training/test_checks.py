@@ -17,7 +17,17 @@ USAGE = namedtuple("usage", "total used free")
 
 def arguments(**changes):
     return Namespace(
-        **{"save": "run", "skip_train": False, "bf16": True, "optimizer": "adam", "no_save_optim": None} | changes
+        **{
+            "save": "run",
+            "load": None,
+            "ckpt_step": None,
+            "skip_train": False,
+            "bf16": True,
+            "optimizer": "adam",
+            "no_save_optim": None,
+        }
+        | {"amopo_keep_checkpoints": None, "save_retain_interval": None}
+        | changes
     )
 
 

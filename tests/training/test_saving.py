@@ -118,7 +118,7 @@ def test_a_full_disk_anywhere_in_saving_is_one_line(folder, monkeypatch, where):
     if where == "our folder":
         hooks.described, hooks.config, hooks.reference = False, None, Namespace(identity=None)
         monkeypatch.setattr("megatron_amopo.training.hooks.describe_run_folder", fail)
-    with pytest.raises(SaveFailed, match=r"--save .*: No space left|--save .*No space left.*newest .* iter_0000030"):
+    with pytest.raises(SaveFailed, match=r"--save .*No space left.*; the newest checkpoint is iter_0000030"):
         hooks._save_checkpoint(40)
 
 
