@@ -6,8 +6,9 @@ was never touched.
 A run of two ranks saves every few steps, with the ledger, margin floors and the newest checkpoints kept, synchronously
 and asynchronously by turns. It is killed (SIGKILL to all ranks, to one of them, SIGTERM to one) while it starts, loads,
 trains or saves, and started again by the same command. After each kill every checkpoint that is there is read to its
-last byte; in the end metrics, ledger and weights must equal the undisturbed run's, bit by bit. A run that reaches its
-end early is followed by another. Moments are drawn from a seed; what a kill hits also depends on the machine's speed.
+last byte, and exit codes are what docs/surviving.md says; in the end metrics, ledger and weights must equal the
+undisturbed run's, bit by bit. A run that reaches its end early is followed by another. Moments are drawn from a seed;
+what a kill hits also depends on the machine's speed.
 
 ``--minutes`` limits the time; the same command goes on where it was, with all kills counted.
 """
@@ -164,6 +165,8 @@ class Soak:
         unusable, saved = in_a_fork(lambda: _verify(place))
         for what in unusable:
             self._fault(f"kill {len(self.kills)}: {what}")
+        if what := wrong_codes(manner, phase, run.codes, victim, is_over=saved == STEPS):
+            self._fault(f"kill {len(self.kills)}: {what}")
         kill = Kill(
             manner + (", asynchronous saves" if asynchronous else ""), phase.name.lower(), _newest_step(place), saved,
             tuple(run.codes[rank] for rank in sorted(run.codes)), ended, first_step, tuple(unusable),
@@ -196,6 +199,19 @@ class Soak:
             "with one that nobody touched: metrics, ledger, weights, optimizer."
         )
         soak_page.write(self.folder, self.kills, self.faults, seed=self.seed, setting=setting)
+
+
+def wrong_codes(manner: str, phase: Phase, codes: dict[int, int], victim: int | None, *, is_over: bool) -> str | None:
+    """What is wrong with ranks' exit codes: once training has begun, all heed SIGTERM alike (75), and a rank that loses
+    another says so (1). One that ``is_over`` by then may end as if nothing had happened.
+    """
+    if phase not in (Phase.STEP, Phase.SAVE) or victim is None:
+        return None
+    expected = 75 if manner.startswith("SIGTERM") else 1
+    found = {rank: code for rank, code in codes.items() if expected == 75 or rank != victim}
+    if set(found.values()) == {expected} or (is_over and set(found.values()) == {0}):
+        return None
+    return f"after {manner} in {phase.name}, ranks ended with {found}; expected {expected}"
 
 
 def _flags(folder: Path, save: Path) -> list[str]:

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_amopo.checkpoint.megatron import FORMAT, RELEASE, TRACKER
 
+#: What saving leaves out of sight where it is killed (``training/saving.py``).
+_LEFT = (".iter_*.partial", ".iter_*.deleted", ".iter_*.replaced")
 _ITERATION = re.compile(r"iter_(\d{7,})")
 
 
@@ -72,14 +74,28 @@ def tracked(folder: Path) -> Path | None:
     return iteration_folder(folder, int(named)) if named.isdecimal() else None
 
 
-def newest_usable(folder: Path) -> int | None:
-    """The newest iteration that can be loaded."""
-    found = (number for number in iterations(folder) if why_unusable(iteration_folder(folder, number)) is None)
-    return next(found, None)
+def newest_usable(folder: Path, most: int | None = None) -> int | None:
+    """The newest iteration that can be loaded, of those up to ``most``."""
+    wanted = (number for number in iterations(folder) if most is None or number <= most)
+    return next((number for number in wanted if why_unusable(iteration_folder(folder, number)) is None), None)
+
+
+def current_iteration(folder: Path) -> int | None:
+    """The iteration that the tracker file names, there or not; None where it names none."""
+    named = tracked(folder)
+    return int(named.name.removeprefix("iter_")) if named is not None and named.name != RELEASE else None
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed runs left out of sight, which the next start removes."""
+    return sorted(path for pattern in _LEFT for path in folder.glob(pattern))
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a run was saved here, or a model converted to here. The tracker file alone doesn't decide: a machine that
-    stopped at the wrong moment may have lost it.
+    """Whether a run was saved here, or a model converted to here, usable or not. The tracker file alone doesn't decide:
+    a machine that stopped at the wrong moment may have lost it. An iteration's empty folder is none: Megatron makes it
+    before its content is written elsewhere.
     """
-    return (folder / TRACKER).is_file() or newest_usable(folder) is not None
+    return (folder / TRACKER).is_file() or any(
+        any(iteration_folder(folder, number).iterdir()) for number in iterations(folder)
+    )

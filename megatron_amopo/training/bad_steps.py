@@ -10,6 +10,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,13 +123,7 @@ class BadSteps:
             return True
         self._in_a_row += 1
         mine = [(ids[counted].tolist(), losses[counted].tolist()) for ids, counted, losses in rows]
-        records = {
-            record: value
-            for rank in gathered(mine)
-            for ids, values in rank
-            for record, value in zip(ids, values, strict=True)
-        }
-        self.latest = BadStep(reason, loss, norm, records)
+        self.latest = BadStep(reason, loss, norm, worst_losses(pair for rank in gathered(mine) for pair in rank))
         return False
 
     def _reason(self, loss: float, norm: float, not_finite: bool) -> str | None:
@@ -175,6 +170,16 @@ class BadSteps:
             self._losses.extend(saved["losses"])
             self._norms.extend(saved["norms"])
             self._in_a_row = saved["in_a_row"]
+
+
+def worst_losses(batches: Iterable[tuple[list[int], list[float]]]) -> dict[int, float]:
+    """Of micro-batches' record ids and losses, each record's worst: at an epoch's end a batch may have one twice."""
+    worst: dict[int, float] = {}
+    for ids, losses in batches:
+        for record, loss in zip(ids, losses, strict=True):
+            before = worst.get(record, -math.inf)
+            worst[record] = before if math.isnan(before) or loss < before else loss
+    return worst
 
 
 def _list(records: list[int]) -> str:

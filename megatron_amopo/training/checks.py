@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import torch
 
 from megatron_amopo import device
 from megatron_amopo.checkpoint.families import SequenceLimit, parameter_table
-from megatron_amopo.checkpoint.iterations import holds_checkpoint
+from megatron_amopo.checkpoint.iterations import current_iteration, holds_checkpoint, leftovers
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import ConfigError, DataError
 from megatron_amopo.model.attention import select_backend
 from megatron_amopo.training.resuming import check_loadable
+from megatron_amopo.training.survival_arguments import read_retention, superfluous
 
 #: The least that a number may be.
 LEAST = {
@@ -43,6 +45,9 @@ LEAST = {
     "amopo_head_buffer_mib": 1,
     "amopo_keep_checkpoints": 1,
 }
+
+#: How files of weights end.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def check_before(args: argparse.Namespace) -> None:
@@ -137,14 +142,33 @@ def check_checkpoint(args: argparse.Namespace) -> Path:
 
 
 def check_room(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> None:
-    """Whether the ``--save`` folder, which is there, has room for a checkpoint."""
+    """Whether the ``--save`` folder, which is there, has room for a checkpoint, when what the start of training removes
+    there (``Saving.begin``) is gone.
+    """
     if args.save is None or args.skip_train:
         return
     needed, free = checkpoint_bytes(args, hf_config), shutil.disk_usage(args.save).free
     if free < needed:
+        free += sum(map(_bytes_in, _removed_at_start(args, Path(args.save))))
+    if free < needed:
         raise ConfigError(
             f"--save {args.save}: a checkpoint takes about {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free"
         )
+
+
+def _removed_at_start(args: argparse.Namespace, save: Path) -> list[Path]:
+    resumed = args.load is not None and Path(args.load).is_dir() and save.samefile(args.load) and not args.ckpt_step
+    current = current_iteration(save) if resumed else None
+    return [*leftovers(save), *(superfluous(save, read_retention(args), current) if current is not None else ())]
+
+
+def _bytes_in(folder: Path) -> int:
+    """What deleting a folder frees; 0 for what another process has just deleted."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.lstat().st_blocks * 512
+    return total
 
 
 def checkpoint_bytes(args: argparse.Namespace, hf_config: Mapping[str, Any]) -> int:
@@ -225,6 +249,13 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
                 f"--save {save} holds a run already: go on with it by --load {save} (without --finetune), or name "
                 "another folder"
             )
+        hf, source = save / "hf", checkpoint / "hf"
+        resumed = source.is_dir() and hf.is_dir() and hf.samefile(source)  # stays as it is
+        if not resumed and not is_replaceable(hf):
+            raise ConfigError(
+                f"--save {save}: {hf} holds a model's weights, or is none of a run's; a run keeps its model's config "
+                "and tokenizer there. Name another folder"
+            )
     folders = [("--save", args.save), ("--tensorboard-dir", args.tensorboard_dir)]
     folders.append(("--amopo-dump-logps", args.amopo_dump_logps and args.amopo_dump_logps.parent))
     folders.append(("--amopo-export-hf", args.amopo_export_hf and args.amopo_export_hf.parent))
@@ -240,3 +271,10 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
                 pass
         except OSError as error:
             raise ConfigError(f"{flag} {folder}: can't be written to ({error.strerror})") from error
+
+
+def is_replaceable(hf: Path) -> bool:
+    """Whether a run's config and tokenizer may go to ``hf``: it is absent, or a folder without weights."""
+    if hf.is_symlink():
+        return False
+    return not hf.exists() or (hf.is_dir() and not any(path.suffix in _WEIGHTS for path in hf.rglob("*")))

@@ -26,6 +26,7 @@ from megatron_amopo.training.run_record import describe_run_folder
 from megatron_amopo.training.saving import Saving
 from megatron_amopo.training.starts import record_start
 from megatron_amopo.training.stopping import Stopping
+from megatron_amopo.training.together import together
 
 
 class Hooks:
@@ -122,8 +123,8 @@ class Hooks:
         args = get_args()
         self.saving.begin(args.iteration)
         self.stopping.begin()
-        if args.rank == 0 and args.save:
-            record_start(Path(args.save), args)
+        if args.save:
+            together(lambda: record_start(Path(args.save), args) if args.rank == 0 else None)
         if self.config.eval_at_start and args.do_valid and args.iteration == 0:
             self._evaluate("", forward_step, valid_iterator, model, 0, process, config)
         if recorder := self._record():
@@ -165,9 +166,11 @@ class Hooks:
             recorder.bad_step(step, bad_steps.latest)
         try:
             bad_steps.check(step)
-        except StoppedByBadStep:
+        except StoppedByBadStep as error:
             training.maybe_finalize_async_save(blocking=True)  # what is being saved is still good
-            raise
+            if get_args().save is None:
+                raise
+            raise StoppedByBadStep(f"{error}. In --save, {self.saving.newest}") from None
 
     def _training_log(
         self, loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *rest: Any, **options: Any
@@ -175,7 +178,8 @@ class Hooks:
         _loss_scale, _report_memory, skipped, grad_norm, *_ = rest
         if loss_dict and (recorder := self._record()):
             measured = {**loss_dict, **self.multipliers.metrics()} if not skipped else {}
-            recorder.step(iteration, measured, learning_rate=learning_rate, grad_norm=grad_norm)
+            norm = None if skipped else grad_norm  # a bad step's own line has it
+            recorder.step(iteration, measured, learning_rate=learning_rate, grad_norm=norm)
         self.multipliers.step(loss_dict, skipped=bool(skipped), grad_norm=grad_norm)
         shown = {name: value for name, value in loss_dict.items() if name == "loss"}
         return self.original["training_log"](shown, total_loss_dict, learning_rate, iteration, *rest, **options)
@@ -207,12 +211,17 @@ class Hooks:
         if self.saving.is_saved(iteration):
             return None
         self.observers.before_checkpoint()
-        if dist.get_rank() == 0 and not self.described:
-            describe_run_folder(Path(get_args().save), self.config, self.reference.identity)
-            self.described = True
-        self.multipliers.save_into(get_args())
-        self.observers.bad_steps.save_into(get_args())
-        result = self.original["save_checkpoint"](iteration, *rest, **options)
+        args = get_args()
+        with self.saving.failures():
+            training.maybe_finalize_async_save(blocking=True)  # one save at a time
+            if not self.described:
+                identity = self.reference.identity
+                self.saving.on_first_rank(lambda: describe_run_folder(Path(args.save), self.config, identity))
+                self.described = True
+            self.multipliers.save_into(args)
+            self.observers.bad_steps.save_into(args)
+            self.saving.prepare(iteration)
+            result = self.original["save_checkpoint"](iteration, *rest, **options)
         self.saving.thin_out()
         return result
 

@@ -2,12 +2,15 @@
 writers.
 
 Takes reduced metrics, after every step and every evaluation, on the rank that prints (the last); gives text and files.
+A figure that isn't finite is null in the file, as JSON has no other word for it.
 Megatron's own line hides negative values, which log-probabilities and margins are, so ours stands beside it.
 """
 
 import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_amopo.errors import AmopoError
 from megatron_amopo.files import write_whole
 from megatron_amopo.training.leakage import LeakageMatrix
 
@@ -34,6 +38,10 @@ class ScalarLog(Protocol):
     """What is used of a W&B run."""
 
     def log(self, data: dict[str, Any], step: int) -> None: ...
+
+
+class MetricsFailed(AmopoError):
+    """Metrics can't be written; raised on the rank that writes them alone."""
 
 
 @dataclass
@@ -59,10 +67,11 @@ class Recorder:
         """
         if self.file is None or not self.file.exists():
             return
-        lines = [_parse(line) for line in self.file.read_text().splitlines()]
-        kept = [line for line in lines if line is not None and 0 < iteration >= line["iteration"]]
-        self._validated = {line["iteration"] for line in kept if line["split"] == "validation"}
-        write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+        with _failures(self.file):
+            lines = [_parse(line) for line in self.file.read_text().splitlines()]
+            kept = [line for line in lines if line is not None and 0 < iteration >= line["iteration"]]
+            self._validated = {line["iteration"] for line in kept if line["split"] == "validation"}
+            write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def start_clock(self) -> None:
         """Training begins now."""
@@ -155,15 +164,25 @@ class Recorder:
 
     def _write(self, split: str, iteration: int, values: Mapping[str, float], **more: Any) -> None:
         if self.file is not None and not (split == "validation" and iteration in self._validated):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
-                line = {"iteration": iteration, "split": split, "metrics": values, **more}
-                file.write(json.dumps(line) + "\n")
+            metrics = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            line = {"iteration": iteration, "split": split, "metrics": metrics, **more}
+            with _failures(self.file):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with self.file.open("a") as file:
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.tensorboard is not None:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"amopo-{split}/{name}", value, iteration)
         if self.wandb is not None:
             self.wandb.log({f"amopo-{split}/{name}": value for name, value in values.items()}, iteration)
+
+
+@contextmanager
+def _failures(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MetricsFailed(f"{path} can't be written: {error.strerror}") from error
 
 
 def _leakage_table(leakage: LeakageMatrix) -> Table:

@@ -1,5 +1,5 @@
 """Where a run goes on: from the checkpoint that ``latest_checkpointed_iteration.txt`` names, or, where that can't be
-loaded, from the newest one that can.
+loaded, from the newest one before it that can.
 
 Takes the ``--load`` folder; gives nothing but a folder that Megatron can load from, with a line about what was wrong.
 """
@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from megatron_amopo.checkpoint.iterations import (
+    current_iteration,
     iteration_folder,
     iterations,
     newest_usable,
@@ -38,12 +39,18 @@ def check_loadable(args: argparse.Namespace, flag: str, folder: Path) -> None:
     if reason is None:
         return
     said = reason if named is None else f"{TRACKER} names {named.name}, which can't be loaded: {reason}"
-    usable = newest_usable(folder)
+    most = current_iteration(folder)  # what lies beyond it is a future that somebody went back from
+    usable = newest_usable(folder, most)
     if usable is None or (named is not None and named.name == RELEASE):
-        raise CheckpointError(f"{flag} {folder}: {said}; no other checkpoint in it can be")
+        raise CheckpointError(f"{flag} {folder}: {said}; no {'earlier' if most else 'other'} checkpoint in it can be")
+    if flag != "--load":  # a starting point may be anybody's, and is left as it is
+        raise CheckpointError(f"{flag} {folder}: {said}. To start from step {usable}, write {usable} into {TRACKER}")
     if args.rank == 0:
         print(f"> {flag} {folder}: {said}. Going on from step {usable}, the newest that can be loaded", flush=True)
-        write_tracker(folder, usable)
+        try:
+            write_tracker(folder, usable)
+        except OSError as error:
+            raise CheckpointError(f"{flag} {folder}: {TRACKER} can't be mended ({error.strerror})") from error
 
 
 def write_tracker(folder: Path, iteration: int) -> None:

@@ -18,6 +18,7 @@ from megatron_amopo.data.reference import ReferenceIdentity
 from megatron_amopo.errors import CheckpointError
 from megatron_amopo.files import write_whole
 from megatron_amopo.training.arguments import RunConfig
+from megatron_amopo.training.checks import is_replaceable
 from megatron_amopo.training.run_files import RUN_RECORD
 
 _REFERENCE = "reference"
@@ -57,7 +58,10 @@ def _copy_hf_folder(source: Path, target: Path) -> None:
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    shutil.rmtree(target, ignore_errors=True)  # of a run that never saved: check_outputs refuses any other
+    if not is_replaceable(target):  # check_outputs refused it: it appeared since
+        raise CheckpointError(f"{target} holds somebody's model, and is left alone: name another --save")
+    if target.exists():  # of a run that never saved
+        shutil.rmtree(target)
     os.replace(partial, target)
 
 

@@ -20,6 +20,7 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron_amopo import device
 from megatron_amopo.files import write_whole
 from megatron_amopo.training.run_files import REQUEUE_FILE
+from megatron_amopo.training.together import together
 
 #: Exit code of a run that stopped before its last step with all its state saved: the same command goes on. It is
 #: EX_TEMPFAIL of sysexits.h, "try again later".
@@ -82,10 +83,19 @@ class Stopping:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, *__: Any) -> bool:
-        """The run is over; Megatron's way to stop early, an exit without a code, is no error."""
+        """The run is over. Megatron's way to stop early is an exit without a code; so is its way to end where something
+        can't be loaded, which stays an error.
+        """
         if self._signals is not None and self._args.exit_signal_handler:
             self._signals.release()
-        return isinstance(error, SystemExit) and not error.code
+        if not isinstance(error, SystemExit) or error.code:
+            return False
+        if self.step is None:
+            print(
+                f"error: rank {self._args.rank}: Megatron ended the run, as it says above", file=sys.stderr, flush=True
+            )
+            sys.exit(1)
+        return True
 
     def begin(self) -> None:
         """The run begins to train: from now on signals wait for the end of a step, as there is something to save; and
@@ -95,6 +105,9 @@ class Stopping:
             return
         self._args.exit_signal_handler = True
         global_vars._GLOBAL_SIGNAL_HANDLER = self._signals.__enter__()
+        together(self._forget)
+
+    def _forget(self) -> None:
         if self._args.rank == 0:
             (Path(self._args.save) / REQUEUE_FILE).unlink(missing_ok=True)
 
@@ -108,7 +121,11 @@ class Stopping:
             return
         if self._args.rank == 0:
             why = self._signals.name or "a limit of its flags"
-            write_whole(Path(self._args.save) / REQUEUE_FILE, f"step {self.step} of {self._args.train_iters}: {why}\n")
+            file = Path(self._args.save) / REQUEUE_FILE
+            try:
+                write_whole(file, f"step {self.step} of {self._args.train_iters}: {why}\n")
+            except OSError as error:  # the checkpoint is there all the same
+                print(f"> {file} can't be written: {error}", file=sys.stderr, flush=True)
             print(
                 f"> stopped by {why} after step {self.step} of {self._args.train_iters}, which is saved. The same "
                 f"command goes on from there (exit code {REQUEUE})",

@@ -7,11 +7,13 @@ Megatron.
 import argparse
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_amopo import device
+from megatron_amopo.checkpoint.iterations import iteration_folder, iterations, why_unusable
 from megatron_amopo.errors import ConfigError
 
 
@@ -32,6 +34,24 @@ class Retention:
             return []
         past = [step for step in steps if step <= current]
         return [step for step in past[self.newest :] if step != current and not (self.every and step % self.every == 0)]
+
+
+def is_usable(path: Path) -> bool:
+    """Whether an iteration's folder is complete."""
+    return why_unusable(path) is None
+
+
+def superfluous(
+    folder: Path, retention: Retention, current: int, usable: Callable[[Path], bool] = is_usable
+) -> list[Path]:
+    """The checkpoints in ``folder`` to delete, when the tracker names ``current``: none unless that one is usable. What
+    can't be loaded isn't counted, and stays; so does a link, as what it names lies elsewhere.
+    """
+    if retention.newest is None or not usable(iteration_folder(folder, current)):
+        return []
+    numbers = [number for number in iterations(folder) if usable(iteration_folder(folder, number))]
+    found = [iteration_folder(folder, number) for number in retention.superfluous(numbers, current)]
+    return [path for path in found if not path.is_symlink()]
 
 
 @dataclass(frozen=True)
@@ -97,6 +117,12 @@ def choose_async_writer(args: argparse.Namespace) -> None:
         args.use_persistent_ckpt_worker = False
 
 
+def read_retention(args: argparse.Namespace) -> Retention:
+    """Which checkpoints the flags let stay, told before :func:`read_survival`."""
+    newest, every = args.amopo_keep_checkpoints, args.save_retain_interval
+    return Retention(1 if newest is None and every is not None else newest, every)  # alone it is as Megatron means it
+
+
 def read_survival(args: argparse.Namespace) -> SurvivalConfig:
     """What the flags ask for. What Megatron would do by itself, less safely, is switched off in ``args``.
 
@@ -108,14 +134,12 @@ def read_survival(args: argparse.Namespace) -> SurvivalConfig:
     """
     if args.amopo_keep_checkpoints is not None and args.save is None:
         raise ConfigError("--amopo-keep-checkpoints is of the checkpoints in --save; give that, too")
-    every, args.save_retain_interval = args.save_retain_interval, None
-    newest = args.amopo_keep_checkpoints
-    if newest is None and every is not None:
-        newest = 1  # as Megatron means it
+    retention = read_retention(args)
+    args.save_retain_interval = None
     bad_steps = BadStepConfig(args.amopo_on_bad_step, args.amopo_loss_spike, args.amopo_grad_norm_spike)
     for name in ("amopo_loss_spike", "amopo_grad_norm_spike"):
         limit = getattr(args, name)
         if limit is not None and not (math.isfinite(limit) and limit > 1):
             raise ConfigError(f"--{name.replace('_', '-')} is {limit}; expected more than 1, a multiple of the median")
     args.check_for_nan_in_loss_and_grad = False  # Megatron's: a look at every bucket, which can't name the records
-    return SurvivalConfig(Retention(newest, every), bad_steps)
+    return SurvivalConfig(retention, bad_steps)

@@ -42,6 +42,7 @@ from megatron_amopo.training.hugging_face import export_last_step
 from megatron_amopo.training.ledger import LedgerFailed
 from megatron_amopo.training.multipliers import Multipliers, NoMultipliers
 from megatron_amopo.training.observers import Observers
+from megatron_amopo.training.recorder import MetricsFailed
 from megatron_amopo.training.reference import Reference
 from megatron_amopo.training.reference_cache import check_named_cache, resumed_reference
 from megatron_amopo.training.run_record import check_resumed_run
@@ -66,9 +67,9 @@ def main() -> None:
         sys.exit(2)
     try:
         stopping = run(args, config)
-    except (FailedTogether, NoMultipliers, SaveFailed, StoppedByBadStep, LedgerFailed) as error:
-        # The last comes after a step, where none asks how the others fare: the rank that writes says it.
-        if args.rank == 0 or isinstance(error, LedgerFailed):
+    except (FailedTogether, NoMultipliers, SaveFailed, StoppedByBadStep, LedgerFailed, MetricsFailed) as error:
+        # The last two come after a step, where none asks how the others fare: the rank that writes says it.
+        if args.rank == 0 or isinstance(error, LedgerFailed | MetricsFailed):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as error:

@@ -7,8 +7,9 @@ from collections import namedtuple
 import pytest
 
 from megatron_amopo.certification.tiny import tiny_config
-from megatron_amopo.errors import ConfigError
-from megatron_amopo.training.checks import check_room, checkpoint_bytes
+from megatron_amopo.errors import CheckpointError, ConfigError
+from megatron_amopo.training.checks import check_outputs, check_room, checkpoint_bytes
+from megatron_amopo.training.run_record import _copy_hf_folder
 
 CONFIG = tiny_config(architectures=["Qwen2ForCausalLM"]).to_dict()
 USAGE = namedtuple("usage", "total used free")
@@ -16,7 +17,17 @@ USAGE = namedtuple("usage", "total used free")
 
 def arguments(**changes):
     return Namespace(
-        **{"save": "run", "skip_train": False, "bf16": True, "optimizer": "adam", "no_save_optim": None} | changes
+        **{
+            "save": "run",
+            "load": None,
+            "ckpt_step": None,
+            "skip_train": False,
+            "bf16": True,
+            "optimizer": "adam",
+            "no_save_optim": None,
+        }
+        | {"amopo_keep_checkpoints": None, "save_retain_interval": None}
+        | changes
     )
 
 
@@ -46,3 +57,39 @@ def test_too_little_room(monkeypatch):
         check_room(arguments(**without), CONFIG)
     with pytest.raises(ConfigError, match=r"--save run: a checkpoint takes about .* GiB; .* GiB are free"):
         check_room(arguments(), CONFIG)
+
+
+def outputs(save):
+    return Namespace(
+        save=str(save),
+        skip_train=False,
+        finetune=False,
+        tensorboard_dir=None,
+        amopo_dump_logps=None,
+        amopo_export_hf=None,
+    )
+
+
+def test_a_models_own_folder_is_not_taken_for_a_runs(tmp_path):
+    """`--amopo-hf-model models/hf --save models` once replaced the model by its own config."""
+    hf = tmp_path / "models" / "hf"
+    hf.mkdir(parents=True)
+    (hf / "config.json").write_text("{}")
+    check_outputs(outputs(hf.parent), tmp_path)  # of a run that never saved
+    weights = hf / "model.safetensors"
+    weights.write_bytes(b"weights")
+    with pytest.raises(ConfigError, match=r"--save .*models: .*hf holds a model's weights"):
+        check_outputs(outputs(hf.parent), hf)
+    check_outputs(outputs(hf.parent), hf.parent)  # resumed from there: nothing is replaced
+
+    source = tmp_path / "source"
+    source.mkdir()
+    with pytest.raises(CheckpointError, match="is left alone: name another --save"):
+        _copy_hf_folder(source, hf)
+    assert weights.read_bytes() == b"weights"
+
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "hf").symlink_to(source)
+    with pytest.raises(ConfigError, match="--save"):
+        check_outputs(outputs(linked), hf)

@@ -3,6 +3,7 @@ lines.
 """
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from megatron_amopo.training import recorder as recorder_module
 from megatron_amopo.training.leakage import LeakageMatrix
-from megatron_amopo.training.recorder import Recorder
+from megatron_amopo.training.recorder import MetricsFailed, Recorder
 
 DIMENSIONS = ("general", "correctness")
 
@@ -191,3 +192,23 @@ def test_a_step_that_was_left_out_counts_in_no_mean(tmp_path, clock, capsys):
     recorder.step(3, {}, learning_rate=1e-3, grad_norm=3.0)
     recorder.step(4, {}, learning_rate=1e-3, grad_norm=3.0)  # nothing to say
     assert len(lines(tmp_path)) == 2
+
+
+def test_what_is_not_finite_is_null(tmp_path, clock):
+    """NaN isn't JSON, and other readers than Python's refuse it."""
+    clock.now += 1
+    make(tmp_path, clock).conflict(2, {"batch_cosine/a": float("nan"), "gradient_norm/a": float("inf"), "b": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["metrics"] == {"batch_cosine/a": None, "gradient_norm/a": None, "b": 1.0}
+
+
+def test_a_full_disk_is_one_line(tmp_path, clock, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    recorder = make(tmp_path, clock)
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(MetricsFailed, match=r"metrics.jsonl can't be written: No space left on device"):
+        recorder.conflict(2, {"gradient_norm/a": 1.0})
