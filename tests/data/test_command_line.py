@@ -123,7 +123,11 @@ def test_it_needs_no_home_and_no_network(arguments, tmp_path):
 def test_a_stopped_run_leaves_nothing(arguments, tmp_path, number):
     write_lines(tmp_path / "in.jsonl", [native(f"Question {i}? " * 40) for i in range(40_000)])
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments[:-1], "2"], env=environment(), stderr=subprocess.PIPE, text=True
+        [sys.executable, str(SCRIPT), *arguments[:-1], "2"],
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.partial-*/train/*.arrow")):
