@@ -30,14 +30,13 @@ from benchmarks.efficacy.arms import (
 )
 from benchmarks.efficacy.outcomes import ARM_NAMES, Study, verdicts
 from benchmarks.efficacy.report import write_report
-from benchmarks.efficacy.runs import chosen_setting, digits, from_digits, run_file, settings, tuning_file
+from benchmarks.efficacy.runs import chosen_setting, digits, from_digits, keep, run_file, settings, tuning_file
 from benchmarks.efficacy.schedule import Job, Seconds, all_jobs, claim_folder, work
 from benchmarks.efficacy.statistics import estimate, holm, hypervolume
 from benchmarks.efficacy.task import DIMENSIONS, Request, conflict, generate, score
 from megatron_amopo.certification.tiny import make_data, tiny_config
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.errors import ConfigError
-from megatron_amopo.files import write_whole
 from megatron_amopo.objectives import PAIRWISE_LOSSES, choose_objective
 
 REQUEST = Request("capitals", ("Brazil", "Italy", "India", "Canada"), "Name the capitals of …")
@@ -171,7 +170,7 @@ def test_the_best_setting_is_chosen_and_taken_over(tmp_path):
     amopo, small, large = BY_NAME[AMOPO], *(size.name for size in SIZES)
     for number, setting in enumerate(grid(amopo)):
         facts = {**vars(setting), "mean": 3.0 + (number == 4)}
-        write_whole(tuning_file(tmp_path, small, AMOPO, number), json.dumps(facts))
+        keep(tuning_file(tmp_path, small, AMOPO, number), facts)
     best = grid(amopo)[4]
     assert chosen_setting(tmp_path, small, amopo) == best
     assert chosen_setting(tmp_path, small, BY_NAME["plain"]) == best
@@ -198,7 +197,7 @@ def test_a_tuning_file_of_another_setting_is_noticed(tmp_path):
     small, amopo = SIZES[0].name, BY_NAME[AMOPO]
     for number, setting in enumerate(grid(amopo)):
         facts = {**vars(setting), "learning_rate": 0.1, "mean": 3.0}
-        write_whole(tuning_file(tmp_path, small, AMOPO, number), json.dumps(facts))
+        keep(tuning_file(tmp_path, small, AMOPO, number), facts)
     with pytest.raises(AssertionError, match=r"small-amopo-0\.json is of lr0\.1-beta"):
         chosen_setting(tmp_path, small, amopo)
 
@@ -312,7 +311,7 @@ def _write_runs(output, seeds, sizes, lifts, names=ARM_NAMES):
                     "reference_flops": 0.0,
                 },
             }
-        write_whole(run_file(output, size, arm, seed), json.dumps(facts))
+        keep(run_file(output, size, arm, seed), facts)
 
 
 def test_verdicts_follow_the_runs(tmp_path):
@@ -371,6 +370,6 @@ def test_slope_and_error_of_a_model_that_obeys(tmp_path):
     asked = np.full((3, 5, 4, 3), 1, dtype=np.int8)
     for k, level in itertools.product(range(3), range(5)):
         asked[k, level, :, k] = level + 1
-    write_whole(file, json.dumps(facts | {"asked": digits(asked)}))
+    keep(file, facts | {"asked": digits(asked)})
     run = Study.load(tmp_path).runs["small", AMOPO, 0]
     assert (run.slope, run.error) == pytest.approx((1.0, 0.0))

@@ -16,7 +16,8 @@ from megatron_amopo.planning.memory import kept_by_layer
 from megatron_amopo.planning.refusals import refusals
 from megatron_amopo.planning.sizes import ModelSizes
 from megatron_amopo.planning.work import MicroBatch, Records
-from tests.support.jobs import parser_flags, refusal
+from tests.support.jobs import parser_flags
+from tests.support.jobs_launch import launch_refusal
 from tests.support.jobs_planning import saved_bytes_per_layer
 
 FOUR_LAYERS = ModelSizes(4, 64, 96, 4, 2, 16, 151, tied=True)  # of megatron_amopo/certification/tiny.py
@@ -60,7 +61,7 @@ def test_commands_are_accepted(name, ranks, workplace, tmp_path):
     layout, changes = ACCEPTED[name]
     options = options_of(changes)
     assert refusals(FOUR_LAYERS, gpu("h100"), layout, options, layout.gpus) == ()
-    assert ranks.run(refusal, 1, flags_of(layout, options, workplace, tmp_path), world_size=layout.gpus)[0] == ""
+    assert ranks.run(launch_refusal, 1, flags_of(layout, options, workplace, tmp_path), layout.gpus)[0] == ""
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -68,7 +69,7 @@ def test_what_the_planner_refuses_is_refused(name, ranks, workplace, tmp_path):
     layout, changes = REFUSED[name]
     options = options_of(changes)
     assert refusals(FOUR_LAYERS, gpu("h100"), layout, options, layout.gpus)
-    assert ranks.run(refusal, 1, flags_of(layout, options, workplace, tmp_path), world_size=layout.gpus)[0] != ""
+    assert ranks.run(launch_refusal, 1, flags_of(layout, options, workplace, tmp_path), layout.gpus)[0] != ""
 
 
 @pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "bf16"])

@@ -1,4 +1,4 @@
-"""What a rank does for the tests of the launch scripts: read their flags as the training command would."""
+"""What a rank does for the tests of launch commands: read their flags as the training command would."""
 
 import contextlib
 import os
