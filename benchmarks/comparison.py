@@ -108,13 +108,9 @@ class Contest:
         here = device.current_device()
         self.models, self.model_slice = models, model_slice
         self.num_records, self.micro_batch_size = len(groups), micro_batch_size
-        micro_batches = list(batched(groups, micro_batch_size))
-        noise = [
-            record_noise(NOISE_SEED, torch.tensor([group.record_id for group in part]), len(dimensions), epoch=0)
-            for part in micro_batches
-        ]
-        self.packed = [pack(part, z, [True] * len(part)).to(here) for part, z in zip(micro_batches, noise, strict=True)]
-        self.padded = [PaddedRows.of(part, z, here) for part, z in zip(micro_batches, noise, strict=True)]
+        micro_batches = with_noise(groups, micro_batch_size)
+        self.packed = [pack(part, noise, [True] * len(part)).to(here) for part, noise in micro_batches]
+        self.padded = [PaddedRows.of(part, noise, here) for part, noise in micro_batches]
         our_step, released_step = OurStep(models, dimensions), ReleasedStep(models.transformers)
 
         def ours() -> Tensor:
@@ -208,6 +204,19 @@ def compare(contests: Mapping[str, Contest], repetitions: int, *, dtype: torch.d
             matmul_flops_per_second=Samples(tuple(matmul_flops / s for s in seconds[f"matmul/{name}"].values)),
         )
     return comparisons
+
+
+def with_noise(
+    groups: Sequence[TokenizedGroup], micro_batch_size: int
+) -> list[tuple[tuple[TokenizedGroup, ...], Tensor]]:
+    """The groups in micro-batches, each with its groups' noise ``[G, D, 2]``."""
+    return [
+        (
+            part,
+            record_noise(NOISE_SEED, torch.tensor([g.record_id for g in part]), len(part[0].prompts), epoch=0),
+        )
+        for part in batched(groups, micro_batch_size)
+    ]
 
 
 def run_step(model: torch.nn.Module, losses: Sequence[Callable[[], Tensor]]) -> Tensor:

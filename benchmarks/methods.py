@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.comparison import NOISE_SEED, TOLERANCES, ResultsDiffer, run_step
+from benchmarks.comparison import TOLERANCES, ResultsDiffer, run_step, with_noise
 from benchmarks.models import Models, ModelSlice, OurStep, add_model_arguments, both_models, dtype_of
 from benchmarks.records import add_source_arguments, choose_records, source_of, within_vocabulary
 from benchmarks.support import (
@@ -41,7 +41,6 @@ from megatron_amopo.data.batching import GroupBatch, pack
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.groups import GENERAL, TokenizedGroup
 from megatron_amopo.objectives import choose_objective
-from megatron_amopo.objectives.noise import record_noise
 from megatron_amopo.objectives.statistics import response_statistics
 
 NONE, CACHED, SECOND = "no reference", "reference cached", "second model"
@@ -132,11 +131,8 @@ def measure(
     for dimensions in choices:
         groups = PreparedGroups.open(data, dimensions=dimensions)
         records = [within_vocabulary(groups[index], models.vocab_size) for index in chosen]
-        batches = [
-            pack([group], record_noise(NOISE_SEED, torch.tensor([group.record_id]), len(dimensions), epoch=0), [True])
-            for group in records
-        ]
-        batches = [batch.to(device.current_device()) for batch in batches]
+        here = device.current_device()
+        batches = [pack(part, noise, [True]).to(here) for part, noise in with_noise(records, 1)]
         _check_references(models, records, _with_references(models, second, batches), dtype)
         by_reference = _steps(models, second, batches, dimensions)
         for reference, step in by_reference.items():

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import batched
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +23,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.comparison import NOISE_SEED, run_step
+from benchmarks.comparison import run_step, with_noise
 from benchmarks.flops import packed_flops
 from benchmarks.models import QWEN2_5_0_5B, Models, ModelSlice, OurStep, both_models
 from benchmarks.records import add_source_arguments, choose_records, source_of, within_vocabulary
@@ -43,7 +42,6 @@ from benchmarks.support import (
 from megatron_amopo import device
 from megatron_amopo.data.batching import GroupBatch, pack
 from megatron_amopo.data.groups import TokenizedGroup
-from megatron_amopo.objectives.noise import record_noise
 from megatron_amopo.training.fp8 import ALIGNMENT
 
 # Sizes as the models' config.json state them.
@@ -166,7 +164,7 @@ def measure(
         variants |= {name: models.build_megatron(**chosen) for name, chosen in options.items()}
         for variant in variants.values():
             variant.load_state_dict(models.megatron.state_dict(), strict=False)  # FP8's scales have their own state
-        batches = _batches(records, dimensions, micro_batch_size, models.vocab_size)
+        batches = _batches(records, micro_batch_size, models.vocab_size)
         flops = packed_flops(shape, batches).total
         steps = {name: _step(models, model, batches, dimensions) for name, model in variants.items()}
         exact = _logps(models, variants[BF16], batches[0])
@@ -184,14 +182,12 @@ def measure(
     }
 
 
-def _batches(
-    records: Sequence[TokenizedGroup], dimensions: tuple[str, ...], micro_batch_size: int, vocab_size: int
-) -> list[GroupBatch]:
+def _batches(records: Sequence[TokenizedGroup], micro_batch_size: int, vocab_size: int) -> list[GroupBatch]:
     folded = [within_vocabulary(record, vocab_size) for record in records]
-    batches = []
-    for part in batched(folded, micro_batch_size):
-        noise = record_noise(NOISE_SEED, torch.tensor([group.record_id for group in part]), len(dimensions), epoch=0)
-        batches.append(pack(part, noise, [True] * len(part), pad_to_multiple_of=PADDED_TO))
+    batches = [
+        pack(part, noise, [True] * len(part), pad_to_multiple_of=PADDED_TO)
+        for part, noise in with_noise(folded, micro_batch_size)
+    ]
     return [batch.to(device.current_device()) for batch in batches]
 
 

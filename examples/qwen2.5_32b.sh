@@ -13,6 +13,7 @@
 # DRY_RUN=1 prints the commands and starts nothing. docs/clusters.md explains, docs/cards/qwen2.5_32b.md says what has
 # been tried: no GPU so far. docs/fp8.md: recipes.
 set -euo pipefail
+# shellcheck disable=SC2034 # align reads the variables
 # shellcheck source-path=SCRIPTDIR source=cluster/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster/common.sh"
 paths "$@"
@@ -56,19 +57,4 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-50}
 # gradients and weights travel, once per step. On eight nodes TP=4 PP=2 is the alternative: the same first three parts,
 # larger matrices per GPU, but a pipeline that keeps the activations of two micro-batches on its first stage (32.2e9,
 # together 62.9e9) and idles for 1/16 of a step of GLOBAL_BATCH=128 in micro-batches of one record.
-LAYOUT=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP")
-[ "$TP" = 1 ] || LAYOUT+=(--sequence-parallel)
-LAYOUT+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
-
-# The published hyperparameters of AMoPO with SimPO (arXiv 2506.07165).
-OBJECTIVE=(--amopo-pairwise simpo --amopo-beta 0.8 --amopo-gamma 2.0 --amopo-epochs 3)
-OPTIMIZER=(--optimizer adam --lr 3e-7 --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1 --clip-grad 3.0
-  --weight-decay 0)
-BATCH=(--global-batch-size "$GLOBAL_BATCH" --amopo-max-tokens-per-micro-batch "$MAX_TOKENS")
-INTERVALS=(--amopo-keep-checkpoints "$KEEP" --save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --log-interval 1)
-
-set_precision "$PRECISION" "$FP8_RECIPE" "$FP8_BF16_LAYERS"
-set_recompute "$RECOMPUTE"
-prepare_data --dimensions "$DIMENSIONS" --source-scale "$SOURCE_SCALE" --cutoff-len "$CUTOFF" --validation-fraction 0.02
-train_and_export "${LAYOUT[@]}" "${PRECISION_FLAGS[@]}" "${RECOMPUTE_FLAGS[@]}" \
-  "${OBJECTIVE[@]}" "${OPTIMIZER[@]}" "${BATCH[@]}" "${INTERVALS[@]}"
+align # cluster/common.sh: the published hyperparameters, and what the models share

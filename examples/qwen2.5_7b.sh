@@ -11,6 +11,7 @@
 # DRY_RUN=1 prints the commands and starts nothing. docs/clusters.md explains, docs/cards/qwen2.5_7b.md says what has
 # been tried: no GPU so far. docs/fp8.md: recipes.
 set -euo pipefail
+# shellcheck disable=SC2034 # align reads the variables
 # shellcheck source-path=SCRIPTDIR source=cluster/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster/common.sh"
 paths "$@"
@@ -50,19 +51,4 @@ EVAL_INTERVAL=${EVAL_INTERVAL:-50}
 # several short ones together; for D ≤ 4 it bounds the activations, under this CUTOFF to those above. A longer record
 # makes a micro-batch of its own. TP 1 × DP 8 takes 57.1e9 for the first three and fits only with RECOMPUTE=full (3.0e9
 # of activations), which computes a third more. Tensor parallelism stays within the node's NVLink.
-LAYOUT=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP")
-[ "$TP" = 1 ] || LAYOUT+=(--sequence-parallel)
-LAYOUT+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
-
-# The published hyperparameters of AMoPO with SimPO (arXiv 2506.07165).
-OBJECTIVE=(--amopo-pairwise simpo --amopo-beta 0.8 --amopo-gamma 2.0 --amopo-epochs 3)
-OPTIMIZER=(--optimizer adam --lr 3e-7 --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1 --clip-grad 3.0
-  --weight-decay 0)
-BATCH=(--global-batch-size "$GLOBAL_BATCH" --amopo-max-tokens-per-micro-batch "$MAX_TOKENS")
-INTERVALS=(--amopo-keep-checkpoints "$KEEP" --save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL" --log-interval 1)
-
-set_precision "$PRECISION" "$FP8_RECIPE" "$FP8_BF16_LAYERS"
-set_recompute "$RECOMPUTE"
-prepare_data --dimensions "$DIMENSIONS" --source-scale "$SOURCE_SCALE" --cutoff-len "$CUTOFF" --validation-fraction 0.02
-train_and_export "${LAYOUT[@]}" "${PRECISION_FLAGS[@]}" "${RECOMPUTE_FLAGS[@]}" \
-  "${OBJECTIVE[@]}" "${OPTIMIZER[@]}" "${BATCH[@]}" "${INTERVALS[@]}"
+align # cluster/common.sh: the published hyperparameters, and what the models share

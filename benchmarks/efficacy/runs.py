@@ -98,7 +98,7 @@ def tune(output: Path, size: str, arm: str, number: int) -> None:
         "seconds": time.monotonic() - begun,
         "code": code_version(),
     }
-    write_whole(tuning_file(output, size, arm, number), json.dumps(facts) + "\n")
+    keep(tuning_file(output, size, arm, number), facts)
 
 
 def run(output: Path, size: str, arm: str, seed: int) -> None:
@@ -129,7 +129,7 @@ def run(output: Path, size: str, arm: str, seed: int) -> None:
         "seconds": time.monotonic() - begun,
         "code": code_version(),
     }
-    write_whole(run_file(output, size, arm, seed), json.dumps(facts) + "\n")
+    keep(run_file(output, size, arm, seed), facts)
 
 
 @cache
@@ -141,6 +141,12 @@ def code_version() -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return __version__
+
+
+def keep(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a finished job's file, by whose being there it is done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(facts) + "\n")
 
 
 def digits(scores: np.ndarray) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def claim_folder(output: Path) -> None:
     if not file.exists():
         if output.is_dir() and any(output.iterdir()):
             raise ConfigError(f"--output {output}: the folder holds other files, and no study; name a new one")
+        output.mkdir(parents=True, exist_ok=True)
         write_whole(file, text)
     elif file.read_text(encoding="utf-8") != text:
         raise ConfigError(f"--output {output}: {file.name} says that its runs are of another study; name a new folder")

@@ -78,6 +78,28 @@ show_and_run() {
   [ "$DRY_RUN" = 1 ] || "${@:2}"
 }
 
+# align: the whole run, as the variables of the script say that sources this; ends it.
+align() {
+  local layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP")
+  [ "$TP" = 1 ] || layout+=(--sequence-parallel)
+  layout+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+
+  # The published hyperparameters of AMoPO with SimPO (arXiv 2506.07165).
+  local objective=(--amopo-pairwise simpo --amopo-beta 0.8 --amopo-gamma 2.0 --amopo-epochs 3)
+  local optimizer=(--optimizer adam --lr 3e-7 --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1
+    --clip-grad 3.0 --weight-decay 0)
+  local batch=(--global-batch-size "$GLOBAL_BATCH" --amopo-max-tokens-per-micro-batch "$MAX_TOKENS")
+  local intervals=(--amopo-keep-checkpoints "$KEEP" --save-interval "$SAVE_INTERVAL" --eval-interval "$EVAL_INTERVAL"
+    --log-interval 1)
+
+  set_precision "$PRECISION" "$FP8_RECIPE" "$FP8_BF16_LAYERS"
+  set_recompute "$RECOMPUTE"
+  prepare_data --dimensions "$DIMENSIONS" --source-scale "$SOURCE_SCALE" --cutoff-len "$CUTOFF" \
+    --validation-fraction 0.02
+  train_and_export "${layout[@]}" "${PRECISION_FLAGS[@]}" "${RECOMPUTE_FLAGS[@]}" \
+    "${objective[@]}" "${optimizer[@]}" "${batch[@]}" "${intervals[@]}"
+}
+
 # set_precision bf16|fp8 FP8_RECIPE FP8_BF16_LAYERS: what they ask for, into PRECISION_FLAGS.
 set_precision() {
   local recipe=$2 edges=$3
@@ -99,7 +121,6 @@ set_precision() {
 }
 
 # set_recompute none|selective|full: what it asks for, into RECOMPUTE_FLAGS.
-# shellcheck disable=SC2034 # the scripts use it
 set_recompute() {
   case $1 in
     none) RECOMPUTE_FLAGS=() ;;

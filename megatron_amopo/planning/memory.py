@@ -14,10 +14,11 @@ drops what the MLP keeps and keeps its input; ``full`` keeps a layer's input alo
 while it is computed again.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_amopo.planning.hardware import GIB
 from megatron_amopo.planning.layout import Layout, Options
+from megatron_amopo.planning.parts import Parts
 from megatron_amopo.planning.sizes import ModelSizes
 from megatron_amopo.planning.work import MicroBatch, StepWork
 
@@ -33,7 +34,7 @@ _CONTEXT, _WORKSPACE, _COMMUNICATOR, _FRAGMENTATION = 1.0 * GIB, 0.25 * GIB, 0.2
 
 
 @dataclass(frozen=True)
-class RankMemory:
+class RankMemory(Parts):
     """Bytes on a rank of one pipeline stage."""
 
     weights: float
@@ -44,27 +45,15 @@ class RankMemory:
     working: float  # temporary tensors of one layer, the longest-lived at a time
     reserve: float
 
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def parts(self) -> dict[str, float]:
-        """Bytes by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
 
 @dataclass(frozen=True)
-class SavedBytes:
+class SavedBytes(Parts):
     """What one layer keeps of a micro-batch for its backward pass, on a rank."""
 
     norms: float
     products: float
     attention: float
     swiglu: float
-
-    @property
-    def total(self) -> float:
-        return self.norms + self.products + self.attention + self.swiglu
 
 
 def saved_by_layer(

@@ -18,6 +18,7 @@ from megatron_amopo.planning.efficiency import DEFAULT, Efficiency
 from megatron_amopo.planning.hardware import Gpu
 from megatron_amopo.planning.layout import THIS_PROJECT, Layout, Options, Software
 from megatron_amopo.planning.memory import padded
+from megatron_amopo.planning.parts import Parts
 from megatron_amopo.planning.sizes import Linear, ModelSizes
 from megatron_amopo.planning.work import MicroBatch, StepWork
 
@@ -39,7 +40,7 @@ _ADAM_BYTES, _ADAM_BYTES_PRECISION_AWARE = 30, 20
 
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTime(Parts):
     """Seconds of a step on a rank of the slowest stage, by what they go to."""
 
     matmul: float = 0.0  # the layers' matrix products
@@ -55,14 +56,6 @@ class StepTime:
     imbalance: float = 0.0  # waiting for the data-parallel rank with the most tokens
     optimizer: float = 0.0
     host: float = 0.0  # launches that computation doesn't cover, and what is done once a step
-
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    def parts(self) -> dict[str, float]:
-        """Seconds by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,6 @@ def write_text(path: Path, text: str) -> None:
         ReportError: it can't be written.
     """
     try:
-        path.parent.stat()  # a mistyped folder isn't made
         write_whole(path, text)
     except OSError as error:
         raise ReportError(f"{path}: can't be written ({error.strerror})") from error

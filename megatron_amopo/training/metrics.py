@@ -113,4 +113,5 @@ class EvaluatedResponses:
                         }
                     )
         lines.sort(key=lambda line: (line["record_id"], self.dimensions.index(line["dimension"])))
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))

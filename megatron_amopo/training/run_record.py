@@ -40,6 +40,7 @@ def run_record(config: RunConfig) -> dict[str, Any]:
 def write_run_record(folder: Path, config: RunConfig, reference: ReferenceIdentity | None = None) -> None:
     """Write ``run.json``, beside and renamed."""
     record = run_record(config) | ({} if reference is None else {_REFERENCE: asdict(reference)})
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RUN_RECORD, json.dumps(record, indent=2) + "\n")
 
 

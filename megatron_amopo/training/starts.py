@@ -33,6 +33,7 @@ def record_start(folder: Path, args: Namespace) -> None:
     }
     path = folder / STARTS_FILE
     before = path.read_text(encoding="utf-8") if args.iteration and path.is_file() else ""
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, f"{before}{json.dumps(line)}\n")
 
 
