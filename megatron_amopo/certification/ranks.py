@@ -1,8 +1,8 @@
-"""Ranks on this machine, spawned once and used for many layouts.
+"""Ranks on this machine, started once and used for many layouts.
 
-Importing Megatron takes seconds per process, so the ranks live as long as the pool. A job is a function of an
-importable module that runs on the first n ranks, each with its environment set as torchrun would; what it returns on
-each rank comes back.
+Importing Megatron takes seconds, so on the CPU one process imports it for all ranks, which are forks of it, and the
+ranks live as long as the pool. A job is a function of an importable module that runs on the first n ranks, each with
+its environment set as torchrun would; what it returns on each rank comes back.
 """
 
 import gc
@@ -13,12 +13,15 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 import torch.multiprocessing as mp
 
 JOB_TIMEOUT_S = 600
+#: The module that ranks on the CPU are forks of the import of.
+CPU_RANK = "megatron_amopo.certification.cpu_rank"
 
 
 class RankPool:
@@ -31,7 +34,8 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn" if self._gpus else "forkserver")  # CUDA doesn't survive a fork
+        context.set_forkserver_preload([CPU_RANK])
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(self._size):
@@ -100,10 +104,10 @@ class RankPool:
 
 def _work(rank: int, connection: Connection, gpus: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    if not gpus:
+        import_module(CPU_RANK)  # takes no time in a fork of it
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    if not gpus:  # the CPU's arithmetic, also on a machine with fewer GPUs than ranks
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from megatron_amopo import device
 
     device.prepare()

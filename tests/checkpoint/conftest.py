@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_amopo.certification.ranks import CPU_RANK
 from tests.support.checkpoints import MakeFolder, save_tiny_model, use_small_parts
 
-# Importing Megatron takes most of a rank's time, and torch most of a small conversion's: a server, which never
-# computes, imports both once and forks what tests start.
-multiprocessing.set_forkserver_preload(["megatron.training", "tests.support.interruptions"])
+# Importing Megatron takes most of a rank's time, and torch most of a small conversion's: what tests start are forks of
+# one process that has imported both and never computes.
+multiprocessing.set_forkserver_preload([CPU_RANK])
 
 
 @pytest.fixture

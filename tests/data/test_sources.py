@@ -116,7 +116,8 @@ def test_a_record_without_end_is_an_error_and_not_a_full_memory(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.parquet", b"not parquet"), ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 100)[:-20])]
+    ("name", "content"),
+    [("a.parquet", b"not parquet"), ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 100, mtime=0)[:-20])],
 )
 def test_broken_containers(tmp_path, name, content):
     path = tmp_path / name
