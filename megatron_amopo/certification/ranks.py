@@ -34,7 +34,7 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn" if self._gpus else "forkserver")  # CUDA doesn't survive a fork
+        context = mp.get_context("spawn") if self._gpus else mp.get_context("forkserver")  # CUDA survives no fork
         context.set_forkserver_preload([CPU_RANK])
         self._connections: list[Connection] = []
         self._processes = []

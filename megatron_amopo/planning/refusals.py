@@ -78,13 +78,6 @@ def _of_megatron(sizes: ModelSizes, layout: Layout, options: Options) -> Iterato
         yield f"{layout.chunks} model chunks don't divide {layers // layout.pp} layers of a pipeline stage{counted}"
     if layout.chunks > 1 and layout.pp == 1:
         yield "interleaved model chunks need --pipeline-model-parallel-size 2 or more"
-    micro_batches = options.global_batch // (options.micro_batch * layout.dp)
-    if layout.chunks > 1 and layout.pp > 1 and micro_batches % layout.pp:
-        # Its schedule takes groups of PP micro-batches and refuses a smaller one at the end.
-        yield (
-            f"interleaved model chunks need a multiple of --pipeline-model-parallel-size {layout.pp} micro-batches; "
-            f"global batch {options.global_batch} / ({options.micro_batch} × DP {layout.dp}) = {micro_batches}"
-        )
     if options.precision_aware_optimizer and not options.distributed_optimizer:
         yield "--use-precision-aware-optimizer needs --use-distributed-optimizer"
     if options.optimizer_cpu_offload and not options.precision_aware_optimizer:
@@ -106,6 +99,9 @@ def _arguments(sizes: ModelSizes, layout: Layout, options: Options, world_size: 
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
+        num_layers_per_virtual_pipeline_stage=None,
+        num_virtual_stages_per_pipeline_rank=layout.chunks if layout.chunks > 1 else None,
+        microbatch_group_size_per_vp_stage=None,
         micro_batch_size=options.micro_batch,
         global_batch_size=options.global_batch,
         world_size=world_size,

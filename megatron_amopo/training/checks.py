@@ -76,15 +76,32 @@ def check_before(args: argparse.Namespace) -> None:
         )
     dp = args.world_size // (tp * pp * cp)
     for prefix in ("", "eval_"):
+        flag = f"--{prefix.replace('_', '-')}"
         global_batch = getattr(args, f"{prefix}global_batch_size")
         # With a budget of tokens any size that divides a rank's share can be chosen.
         micro_batch = getattr(args, f"{prefix}micro_batch_size") or args.micro_batch_size or 1
         if global_batch is not None and global_batch % (micro_batch * dp):
-            flag = prefix.replace("_", "-")
             raise ConfigError(
-                f"--{flag}global-batch-size {global_batch} is not a multiple of --{flag}micro-batch-size {micro_batch} "
+                f"{flag}global-batch-size {global_batch} is not a multiple of {flag}micro-batch-size {micro_batch} "
                 f"× {dp} data-parallel rank(s)"
             )
+        if global_batch is not None and args.amopo_max_tokens_per_micro_batch is None:
+            _check_interleaving(
+                args, f"--{prefix.replace('_', '-')}global-batch-size", global_batch // micro_batch // dp
+            )
+
+
+def _check_interleaving(args: argparse.Namespace, flag: str, micro_batches: int) -> None:
+    """Whether Megatron's interleaved schedule, if it is asked for, can deal with so many micro-batches per rank."""
+    if not (args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank):
+        return
+    pp = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or pp
+    if micro_batches < group or 0 < micro_batches % group < pp:
+        raise ConfigError(
+            f"{flag} makes {micro_batches} micro-batch(es) per data-parallel rank; interleaved pipeline stages take "
+            f"them in groups of {group}, the last of {pp} or more"
+        )
 
 
 def _check_micro_batches(args: argparse.Namespace) -> None:

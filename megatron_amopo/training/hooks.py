@@ -66,6 +66,8 @@ class Hooks:
             "train": self._train,
             "save_checkpoint": self._save_checkpoint,
             "checkpoint_and_decide_exit": self._decide_exit,
+            "enable_forward_pre_hook": self._gather_late,
+            "disable_forward_pre_hook": self._gather_at_once,
         }
         self.original = {name: getattr(training, name) for name in ours}
         for name, function in ours.items():
@@ -80,14 +82,23 @@ class Hooks:
         if optimizer is not None:  # absent where the run only evaluates
             self.observers.bad_steps.watch(optimizer)
         # As in Megatron's first step: all weights are there, none has to be gathered before it is used.
-        gathered_late = training.should_disable_forward_pre_hook(get_args())
-        if gathered_late:
-            training.disable_forward_pre_hook(model, param_sync=False)
+        gathered_late = is_gathered_late(model)
+        self._gather_at_once(model, param_sync=False)
         self.reference.provide(model, get_args(), reading(self.config))
         if gathered_late:
-            training.enable_forward_pre_hook(model)
+            self._gather_late(model)
         self.observers.start(get_args().iteration)
         return model, optimizer, *others
+
+    # Megatron sets the hooks that gather weights late after the first step that changed them. Its evaluation takes them
+    # off and sets them again whether they are there or not: it knows no first step that was left out.
+    def _gather_late(self, model: Any) -> None:
+        if not is_gathered_late(model):
+            self.original["enable_forward_pre_hook"](model)
+
+    def _gather_at_once(self, model: Any, *rest: Any, **options: Any) -> None:
+        if is_gathered_late(model):
+            self.original["disable_forward_pre_hook"](model, *rest, **options)
 
     def _record(self) -> Recorder | None:
         """The recorder, on the last rank: it holds the last pipeline stage and Megatron's writers."""
@@ -150,13 +161,11 @@ class Hooks:
         if interval is None or step % interval:
             return
         start = time.monotonic()
-        # In the first step after a start, the hooks that gather weights late aren't there yet.
-        gathered_late = bool(getattr(model[0], "remove_forward_pre_hook_handles", {}))
-        if gathered_late:
-            training.disable_forward_pre_hook(model)
+        gathered_late = is_gathered_late(model)
+        self._gather_at_once(model)
         figures = fp8_differences(model, get_args(), self.config)
         if gathered_late:
-            training.enable_forward_pre_hook(model)
+            self._gather_late(model)
         if figures is not None and (recorder := self._record()):
             recorder.fp8(step, figures, time.monotonic() - start)
 
@@ -230,3 +239,8 @@ class Hooks:
         if stops:
             self.stopping.stopped(iteration)
         return stops
+
+
+def is_gathered_late(model: Any) -> bool:
+    """Whether hooks wait for the weights of Megatron's ``model`` (``--overlap-param-gather``) at this moment."""
+    return bool(getattr(model[0], "remove_forward_pre_hook_handles", {}))

@@ -159,6 +159,11 @@ FLAGS = {
     ),
     "batch": (["--global-batch-size", "6"], 4, "--global-batch-size 6 is not a multiple of --micro-batch-size 1 × 4"),
     "eval batch": (["--eval-global-batch-size", "3"], 2, "--eval-global-batch-size 3 is not a multiple"),
+    "interleaved": (
+        ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+        8,
+        "--global-batch-size makes 1 micro-batch(es) per data-parallel rank; interleaved pipeline stages take them in",
+    ),
     "Megatron's own": (
         ["--sequence-parallel", "--num-layers-per-virtual-pipeline-stage", "2"],
         1,

@@ -1,5 +1,6 @@
 """Runs that something happens to: what is left is usable, and what goes on is the run that was never stopped."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from megatron_amopo.certification.observed_run import metrics
 from megatron_amopo.checkpoint.iterations import iterations, why_unusable
 from megatron_amopo.data.batching import SampleOrder
 from megatron_amopo.data.dataset import PreparedGroups
+from tests.distributed.layout_runs import CP2, OVERLAP, PP2, VPP
 from tests.support.jobs import command
 from tests.support.jobs_survival import (
     command_on_a_small_disk,
@@ -32,6 +34,11 @@ def flags(place, save, *extra):
 def curve(save):
     """Every step's metrics without timing."""
     return [{name: value for name, value in line.items() if name not in TIMING} for line in metrics(save)]
+
+
+def bad_steps(save):
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "bad_step"]
 
 
 def codes(results):
@@ -137,13 +144,47 @@ def test_a_step_that_is_not_finite_ends_the_run_or_is_left_out(ranks, workplace,
     assert [line["iteration"] for line in curve(tmp_path / "skipped")] == [1, 2, 3, 5, 6]
     assert all(value == value for line in curve(tmp_path / "skipped") for value in line.values())
 
-    import json
-
-    lines = [json.loads(line) for line in (tmp_path / "skipped/metrics.jsonl").read_text().splitlines()]
-    (bad,) = (line for line in lines if line["split"] == "bad_step")
+    (bad,) = bad_steps(tmp_path / "skipped")
     assert bad["iteration"] == 4
     assert bad["not_finite"] == [record]
     assert sorted(bad["records"]) == sorted(records_of(workplace.data, 4))
+
+
+@pytest.fixture(scope="module")
+def left_out(ranks, workplace, tmp_path_factory):
+    """A record whose loss is no number, of the first step; and the metrics of the run that leaves the step out."""
+    record = records_of(workplace.data, 1)[1]
+    save = tmp_path_factory.mktemp("left_out")
+    own = flags(workplace, save, "--no-save-optim", "--amopo-on-bad-step", "skip", "--clip-grad", "1e6")
+    assert codes(ranks.run(command_with_factor, 1, own, record, float("nan"))) == [0]
+    return record, curve(save)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [
+        (2, PP2),
+        (2, CP2),
+        (2, ["--use-distributed-optimizer", *OVERLAP]),
+        (4, [*PP2, *VPP, "--micro-batch-size", "1", "--use-distributed-optimizer", *OVERLAP]),
+        (2, ["--clip-grad", "0"]),
+    ],
+    ids=["pp2", "cp2", "dp2-overlap", "vpp2-dp2-overlap", "unclipped"],
+)
+def test_a_first_step_is_left_out_under_every_layout(num_ranks, layout, ranks, workplace, tmp_path, left_out):
+    """An evaluation follows it, before any step has changed the weights."""
+    record, expected = left_out
+    own = flags(workplace, tmp_path, "--no-save-optim", "--clip-grad", "1e6", "--eval-interval", "1", *layout)
+    skip = ["--amopo-on-bad-step", "skip"]
+    assert codes(ranks.run(command_with_factor, num_ranks, [*own, *skip], record, float("nan"))) == [0] * num_ranks
+    (bad,) = bad_steps(tmp_path)
+    assert (bad["iteration"], bad["not_finite"]) == (1, [record])
+    found = curve(tmp_path)
+    assert [line["iteration"] for line in found] == [2, 3, 4, 5, 6]
+    for line, wanted in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert [line["iteration"] for line in metrics(tmp_path, "validation")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_spike_is_seen_after_a_resume_as_without_one(ranks, workplace, tmp_path):
