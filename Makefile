@@ -4,10 +4,13 @@
 .PHONY: help setup demo certify test test-fast lint format typecheck image shell clean
 
 PYTHON_IN_VENV := .venv/bin/python
+PARALLEL = --numprocesses $(WORKERS) --dist loadfile
 # Ranks and threads would fight for the cores: one thread per rank.
 export OMP_NUM_THREADS ?= 1
 # Arguments of pytest or of tools/certify.py: make test ARGS="-k noise", make certify ARGS="--layouts tp2,cp2"
 ARGS ?=
+# Files of tests that `make test` runs at once; each may start four ranks. 0 runs them in pytest's own process.
+WORKERS ?= 2
 # What `make image` is called and how it is built (docker, podman)
 IMAGE ?= megatron-amopo:latest
 DOCKER ?= docker
@@ -35,10 +38,10 @@ certify: setup ## show that one result comes out under every layout: runs/certif
 	@$(PYTHON_IN_VENV) tools/certify.py $(ARGS)
 
 test: setup ## run the whole test suite
-	@$(PYTHON_IN_VENV) -m pytest --durations=15 $(ARGS)
+	@$(PYTHON_IN_VENV) -m pytest $(PARALLEL) --durations=15 $(ARGS)
 
 test-fast: setup ## run the tests that are not marked slow
-	@$(PYTHON_IN_VENV) -m pytest --durations=15 -m "not slow" $(ARGS)
+	@$(PYTHON_IN_VENV) -m pytest $(PARALLEL) --durations=15 -m "not slow" $(ARGS)
 
 lint: setup ## ruff: rules and format; shellcheck and hadolint
 	@$(PYTHON_IN_VENV) -m ruff check .

@@ -69,6 +69,7 @@ setup(
         ],
         "dev": [
             "pytest>=8.3,<10",
+            "pytest-xdist>=3.6,<4",  # two files of tests at once: most of them keep one core busy
             "ruff>=0.9,<1",
             "mypy>=1.14,<3",
             "pre-commit>=4,<5",

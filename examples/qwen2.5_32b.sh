@@ -30,7 +30,7 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-8}
 TP=${TP:-8}                            # divides the 40 query heads and 8 key-value heads: 1, 2, 4 or 8
 PP=${PP:-1}
 CP=${CP:-1}
-RECOMPUTE=${RECOMPUTE:-none}           # or selective, full
+RECOMPUTE=${RECOMPUTE:-none}           # or mlp, full
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}       # records per step
 MAX_TOKENS=${MAX_TOKENS:-$((8 * CUTOFF))} # of a micro-batch, see below
 SAVE_INTERVAL=${SAVE_INTERVAL:-50}     # steps; a checkpoint with optimizer takes 14 bytes × 32.8e9 = 459e9

@@ -120,15 +120,15 @@ set_precision() {
     --num-layers-at-start-in-bf16 "$edges" --num-layers-at-end-in-bf16 "$edges")
 }
 
-# set_recompute none|selective|full: what it asks for, into RECOMPUTE_FLAGS.
+# set_recompute none|mlp|full: what it asks for, into RECOMPUTE_FLAGS.
 set_recompute() {
   case $1 in
     none) RECOMPUTE_FLAGS=() ;;
     # The MLP's inner activations, the largest part, are computed again, attention isn't.
-    selective) RECOMPUTE_FLAGS=(--recompute-granularity selective --recompute-modules mlp) ;;
+    mlp) RECOMPUTE_FLAGS=(--recompute-granularity selective --recompute-modules mlp) ;;
     # Of each layer only its input is kept.
     full) RECOMPUTE_FLAGS=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1) ;;
-    *) fail "RECOMPUTE=$1: expected none, selective or full" ;;
+    *) fail "RECOMPUTE=$1: expected none, mlp or full" ;;
   esac
 }
 

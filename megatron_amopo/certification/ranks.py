@@ -8,7 +8,6 @@ its environment set as torchrun would; what it returns on each rank comes back.
 import gc
 import logging
 import os
-import socket
 import time
 import traceback
 import warnings
@@ -18,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Self
 
 import torch.multiprocessing as mp
+from torch.distributed import TCPStore
 
 JOB_TIMEOUT_S = 600
 #: The module that ranks on the CPU are forks of the import of.
@@ -55,12 +55,11 @@ class RankPool:
         """
         if not self._processes[0].is_alive():
             self._start()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Where ranks meet, as with torchrun: at a port that is held from now on, and no other program can take.
+        meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         chosen = self._connections[:num_ranks]
         for connection in chosen:
-            connection.send((job, args, kwargs, num_ranks, port))
+            connection.send((job, args, kwargs, num_ranks, meeting.port))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + self._timeout_s
         while len(results) < num_ranks:
@@ -118,7 +117,12 @@ def _work(rank: int, connection: Connection, gpus: bool) -> None:
     while (message := connection.recv()) is not None:
         job, args, kwargs, num_ranks, port = message
         os.environ.update(
-            WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            WORLD_SIZE=str(num_ranks),
+            LOCAL_WORLD_SIZE=str(num_ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT="0",
         )
         try:
             connection.send((True, job(*args, **kwargs)))

@@ -32,7 +32,11 @@ def training_flags(sizes: ModelSizes, layout: Layout, options: Options, places: 
     flags += ["--micro-batch-size", str(options.micro_batch), "--global-batch-size", str(options.global_batch)]
     flags += _optimizer(layout, options)
     if options.is_fp8:
-        flags += ["--fp8-format", "hybrid", "--fp8-recipe", options.fp8_recipe]
+        # A scale per block leaves gradients no need of e5m2's wider range.
+        flags += ["--fp8-format", "e4m3" if options.fp8_recipe == "blockwise" else "hybrid"]
+        flags += ["--fp8-recipe", options.fp8_recipe]
+        if options.fp8_recipe == "delayed":
+            flags += ["--fp8-amax-history-len", "1024", "--fp8-amax-compute-algo", "max"]
     if layout.recompute == "full":
         flags += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     elif layout.recompute == "mlp":

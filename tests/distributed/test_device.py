@@ -1,5 +1,8 @@
 """Megatron's CUDA calls on a machine without CUDA: each lands on the CPU, and nothing else changes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -26,8 +29,22 @@ def test_random_state_and_types(facts):
     assert facts["classes"]
 
 
-def test_this_process_is_untouched():
-    """The ranks are processes of their own: the interception must not leak into the tests'."""
-    if not torch.cuda.is_available():
-        with pytest.raises((RuntimeError, AssertionError)):
-            torch.zeros(1, device="cuda")
+_THAT_STARTS_RANKS = """
+import torch
+from megatron_amopo.certification.ranks import RankPool
+from tests.support.jobs import device_facts
+
+with RankPool(1) as ranks:
+    ranks.run(device_facts, 1)
+try:
+    torch.zeros(1, device="cuda")
+except (RuntimeError, AssertionError):
+    print("untouched")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is intercepted where CUDA is")
+def test_the_process_that_starts_ranks_is_untouched():
+    """In one of its own, since other tests compute in this one as ranks do."""
+    done = subprocess.run([sys.executable, "-c", _THAT_STARTS_RANKS], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "untouched"

@@ -16,7 +16,7 @@ RUNS = {
     "7b, context parallel": ("qwen2.5_7b", {"CP": "2", "CUTOFF": "4096"}, 8),
     "14b": ("qwen2.5_14b", {}, 8),
     "14b, TP 2": ("qwen2.5_14b", {"TP": "2", "RECOMPUTE": "full"}, 8),
-    "14b, pipeline": ("qwen2.5_14b", {"TP": "2", "PP": "2", "RECOMPUTE": "selective"}, 8),
+    "14b, pipeline": ("qwen2.5_14b", {"TP": "2", "PP": "2", "RECOMPUTE": "mlp"}, 8),
     "32b on two nodes": ("qwen2.5_32b", {}, 16),
     "32b on eight nodes": ("qwen2.5_32b", {"NODES": "8"}, 64),
     "32b, pipeline": ("qwen2.5_32b", {"NODES": "8", "TP": "4", "PP": "2", "GLOBAL_BATCH": "128"}, 64),

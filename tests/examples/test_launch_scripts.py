@@ -271,7 +271,7 @@ def test_a_signal_reaches_the_ranks_and_torchrun_lives(sent, starts, place):
         ({"PRECISION": "fp16"}, "PRECISION=fp16: expected bf16 or fp8"),
         ({"PRECISION": "fp8", "FP8_RECIPE": "mxfp8"}, "FP8_RECIPE=mxfp8: expected tensorwise, blockwise or delayed"),
         ({"PRECISION": "fp8", "FP8_RECIPE": "delayed"}, "set FP8_BF16_LAYERS=0, too"),
-        ({"RECOMPUTE": "some"}, "RECOMPUTE=some: expected none, selective or full"),
+        ({"RECOMPUTE": "some"}, "RECOMPUTE=some: expected none, mlp or full"),
     ],
 )
 def test_variables_that_mean_nothing_are_refused(variables, message, place):
