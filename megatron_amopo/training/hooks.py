@@ -114,7 +114,9 @@ class Hooks:
                 tensorboard=get_tensorboard_writer(),
                 wandb=get_wandb_writer() or None,
             )
-            if not args.skip_train:
+            if args.skip_train:
+                self.recorder.mend()
+            else:
                 self.recorder.resume(args.iteration)
         return self.recorder
 

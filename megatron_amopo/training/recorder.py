@@ -59,7 +59,7 @@ class Recorder:
     _interval_start: float = field(default_factory=time.monotonic)
     _paused: float = 0.0
     _validated: set[int] = field(default_factory=set)
-    _console: Console = field(default_factory=lambda: Console(width=120, highlight=False))
+    _console: Console = field(default_factory=lambda: Console(width=120, highlight=False, markup=False, emoji=False))
 
     def resume(self, iteration: int) -> None:
         """Continue a file at ``iteration``: what a run that was stopped wrote of later ones is dropped. 0 starts
@@ -72,6 +72,15 @@ class Recorder:
             kept = [line for line in lines if line is not None and 0 < iteration >= line["iteration"]]
             self._validated = {line["iteration"] for line in kept if line["split"] == "validation"}
             write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def mend(self) -> None:
+        """Continue a file to its last whole line: a run that was killed may have left a part of one behind it."""
+        if self.file is None or not self.file.exists():
+            return
+        with _failures(self.file):
+            text = self.file.read_text()
+            if not text.endswith("\n"):
+                write_whole(self.file, text[: text.rfind("\n") + 1])
 
     def start_clock(self) -> None:
         """Training begins now."""

@@ -133,6 +133,25 @@ def test_a_new_run_starts_a_new_file(tmp_path, clock):
     assert lines(tmp_path) == []
 
 
+@pytest.mark.parametrize(("left", "kept"), [('{"a": 1}\n{"a": 2}\n{"a"', 2), ('{"a": 1}\n', 1), ('{"a"', 0), ("", 0)])
+def test_half_a_line_is_cut_off_and_nothing_else(tmp_path, clock, left, kept):
+    (tmp_path / "metrics.jsonl").write_text(left)
+    recorder = make(tmp_path, clock)
+    recorder.mend()
+    recorder.validation(0, metrics(1.0), 0.5)
+    found = lines(tmp_path)
+    assert found[:-1] == [{"a": 1}, {"a": 2}][:kept]
+    assert found[-1]["split"] == "validation"
+
+
+def test_names_are_no_markup(tmp_path, clock, capsys):
+    name = "[bold]harmless[/] :smile:"
+    values = {key.replace("general", name): value for key, value in metrics(1.0).items()}
+    recorder = Recorder((name, "correctness"), records_per_step=8, total_steps=6, log_interval=2, file=None)
+    recorder.validation(2, values, 0.5)
+    assert name in capsys.readouterr().out
+
+
 def test_conflict_is_a_split_of_its_own(tmp_path, clock, capsys):
     """Few steps have it, and the means of an interval are of metrics that all steps have."""
     board = Writer()
