@@ -21,7 +21,7 @@ REQUEUE_STATUS=${REQUEUE_STATUS:-75}   # EX_TEMPFAIL; Kubeflow starts again from
 WAIT_MINUTES=${WAIT_MINUTES:-120}      # for the first node's preparation, on the others
 readonly UNVERIFIED_STATUS=3
 HF_CACHE=${HF_CACHE:-}                 # where the imported model is kept; default OUTPUT/import. Runs may share it
-# Torch from 2.14 on waits so many seconds for ranks that it has told to end, others 30.
+# Torch 2.15 waits so many seconds for ranks that it has told to end; older ones wait 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
