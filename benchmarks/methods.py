@@ -246,7 +246,7 @@ def report(model: str, short: int, records: int, results: Mapping[str, Result]) 
         ],
         rows,
     )
-    return f"""The model is {model}. A step computes {records} records of at most {short} tokens per response, one per
+    return f"""The model is {model}. A step computes {records} record(s) of at most {short} tokens per response, one per
 micro-batch, forward pass, loss and backward pass, without the optimizer; the same records in all rows. Ratios are of
 times, over the row without a reference and with as many prompts D, taken round by round: median (smallest – largest).
 `once` is the forward pass that fills the cache, which a run of several epochs pays once. A second model's weights count
