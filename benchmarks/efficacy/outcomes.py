@@ -143,11 +143,11 @@ class Study:
         shares = [self.runs[size, arm, seed].wins_against(self.runs[size, other, seed]) - 0.5 for seed in seeds]
         return estimate(shares) if shares else None
 
-    def compares(self, arrow: Arrow) -> bool:
-        """Whether every planned run of both arms is in. A verdict waits for them: looking again after every seed would
-        find what isn't there.
+    def compares(self, arrow: Arrow, size: str) -> bool:
+        """Whether every planned run of both arms is in at a size. A verdict waits for them: looking again after every
+        seed would find what isn't there.
         """
-        return all(self.seeds(size.name, arrow.better, arrow.worse) == list(SEEDS) for size in SIZES)
+        return self.seeds(size, arrow.better, arrow.worse) == list(SEEDS)
 
     def compared_sizes(self, arrow: Arrow) -> list[str]:
         """Those at which both arms have runs of a seed."""
@@ -170,9 +170,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the study says of a claimed arrow, by the mean score over all sizes."""
+    """What one size says of a claimed arrow, by the mean score."""
 
     arrow: Arrow
+    size: str
     estimate: Estimate | None  # from what is there
     p: float  # adjusted by Holm over all arrows; NaN while runs are missing
 
@@ -186,12 +187,12 @@ class Verdict:
         return "holds" if self.estimate.mean > 0 else "fails"
 
 
-def verdicts(study: Study) -> list[Verdict]:
-    """On every claimed arrow. Those for which it is too early count in the adjustment all the same."""
-    found = [study.difference(arrow, lambda run: run.mean, study.compared_sizes(arrow)) for arrow in ARROWS]
-    complete = [study.compares(arrow) for arrow in ARROWS]
+def verdicts(study: Study, size: str) -> list[Verdict]:
+    """A size's verdict on every claimed arrow. Those for which it is too early count in the adjustment all the same."""
+    found = [study.difference(arrow, lambda run: run.mean, [size]) for arrow in ARROWS]
+    complete = [study.compares(arrow, size) for arrow in ARROWS]
     p_values = [each.p if all_in and each is not None else 1.0 for each, all_in in zip(found, complete, strict=True)]
     return [
-        Verdict(arrow, each, p if all_in else math.nan)
+        Verdict(arrow, size, each, p if all_in else math.nan)
         for arrow, each, all_in, p in zip(ARROWS, found, complete, holm(p_values), strict=True)
     ]

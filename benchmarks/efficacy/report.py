@@ -5,13 +5,14 @@ Takes the study's folder; writes ``README.md``, ``results.json`` and plots. A st
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.efficacy import conditions, plots
-from benchmarks.efficacy.arms import AMOPO, ASKED_REQUESTS, BY_NAME, SEEDS, SIMPO, SIZES, START, Arrow
+from benchmarks.efficacy.arms import AMOPO, ARROWS, ASKED_REQUESTS, BY_NAME, SEEDS, SIMPO, SIZES, START, Arrow
 from benchmarks.efficacy.outcomes import ARM_NAMES, Figure, Outcomes, Study, Verdict, verdicts
 from benchmarks.efficacy.statistics import Estimate
 from benchmarks.efficacy.task import DIMENSIONS
@@ -46,8 +47,8 @@ def write_report(output: Path, results: Path) -> str:
     study = Study.load(output)
     if not study.runs:
         return "no run is finished yet: nothing to report"
-    found = verdicts(study)
-    said = "\n".join(f"{claim(verdict.arrow)}: {verdict.word}" for verdict in found)
+    found = [verdict for size in SIZES for verdict in verdicts(study, size.name)]
+    said = "\n".join(f"{verdict.size}: {claim(verdict.arrow)}: {verdict.word}" for verdict in found)
     sections = (
         _status(study),
         _verdicts(study, found),
@@ -103,26 +104,25 @@ def _verdicts(study: Study, found: Sequence[Verdict]) -> str:
     def p_value(verdict: Verdict) -> str:
         return "–" if math.isnan(verdict.p) else f"{verdict.p:.3f}" if verdict.p >= 0.001 else "< 0.001"
 
-    sizes = study.sizes
-    rows = [
-        [
-            claim(verdict.arrow),
-            f"**{verdict.word}**",
-            interval(verdict.estimate, "+.2f"),
-            p_value(verdict),
-            *(interval(study.difference(verdict.arrow, FIGURES["mean"], [size]), "+.2f") for size in sizes),
+    rows = []
+    for arrow in ARROWS:
+        cells = [
+            (f"**{verdict.word}**", interval(verdict.estimate, "+.2f"), p_value(verdict))
+            for verdict in found
+            if verdict.arrow == arrow
         ]
-        for verdict in found
-    ]
-    header = ["claim", "verdict", "difference", "p (Holm)", *(f"{size} alone" for size in sizes)]
+        both = study.difference(arrow, FIGURES["mean"], study.compared_sizes(arrow)) if len(study.sizes) > 1 else None
+        rows.append([claim(arrow), *chain.from_iterable(cells), interval(both, "+.2f")])
+    header = ["claim", *chain.from_iterable((f"{size.name}: verdict", "difference", "p (Holm)") for size in SIZES)]
     return f"""## Verdicts
 
 Differences of the mean score (1–5, over {", ".join(DIMENSIONS)}) of answers under the general prompt, with 95 %
-intervals. *Holds*: p < 0.05 after Holm's adjustment over all {len(found)} claims, in the claimed direction;
-*fails*: the same in the opposite direction; otherwise *not decided at this size*, and the interval says how large an
-advantage there may still be. Until all runs of both methods are in it is *too early*.
+intervals. Each size is an experiment of its own. *Holds*: p < 0.05 after Holm's adjustment over the {len(ARROWS)}
+claims, in the claimed direction; *fails*: the same in the opposite direction; otherwise *not decided at this size*, and
+the interval says how large an advantage there may still be. Until all {len(SEEDS)} planned runs of both methods are in
+it is *too early*: no verdict is taken from a part.
 
-{markdown_table(header, rows)}"""
+{markdown_table([*header, "over both, not tested"], rows)}"""
 
 
 def _outcomes(study: Study, size: str) -> str:
@@ -210,6 +210,7 @@ def _data(output: Path, study: Study, found: Sequence[Verdict]) -> dict[str, Any
     return {
         "verdicts": [
             {
+                "size": verdict.size,
                 "better": verdict.arrow.better,
                 "worse": verdict.arrow.worse,
                 "verdict": verdict.word,

@@ -317,7 +317,7 @@ def _write_runs(output, seeds, sizes, lifts, names=ARM_NAMES):
 def test_verdicts_follow_the_runs(tmp_path):
     _write_runs(tmp_path, SEEDS, ["small", "large"], {AMOPO: 0.5, "dpo": 1.0})
     study = Study.load(tmp_path)
-    words = {(each.arrow.better, each.arrow.worse): each.word for each in verdicts(study)}
+    words = {(each.arrow.better, each.arrow.worse): each.word for each in verdicts(study, "small")}
     assert words[AMOPO, SIMPO] == "holds"
     assert words[AMOPO, "dpo"] == "fails"
     assert words["three", "two"] == "not decided at this size"
@@ -330,11 +330,13 @@ def test_verdicts_follow_the_runs(tmp_path):
 def test_no_verdict_before_all_planned_runs(tmp_path):
     _write_runs(tmp_path, SEEDS, ["small"], {AMOPO: 0.5})
     _write_runs(tmp_path, SEEDS[:-1], ["large"], {AMOPO: 0.5})
-    found = verdicts(Study.load(tmp_path))
+    study = Study.load(tmp_path)
+    found = verdicts(study, "large")
     assert {each.word for each in found} == {"too early"}
     assert found[0].estimate.mean == pytest.approx(0.5, abs=0.1)
+    assert "too early" not in {each.word for each in verdicts(study, "small")}  # an experiment of its own
     _write_runs(tmp_path, SEEDS[-1:], ["large"], {AMOPO: 0.5}, names=(AMOPO, "uniform"))
-    words = {(each.arrow.better, each.arrow.worse): each.word for each in verdicts(Study.load(tmp_path))}
+    words = {(each.arrow.better, each.arrow.worse): each.word for each in verdicts(Study.load(tmp_path), "large")}
     assert words.pop((AMOPO, "uniform")) == "holds"
     assert set(words.values()) == {"too early"}
 
@@ -343,7 +345,7 @@ def test_report(tmp_path, capsys):
     claim_folder(tmp_path)
     _write_runs(tmp_path, SEEDS[:2], ["small"], {AMOPO: 0.5})
     assert main(["--output", str(tmp_path), "--report-only"]) == 0
-    assert "AMoPO > DPO: too early" in capsys.readouterr().out
+    assert "small: AMoPO > DPO: too early" in capsys.readouterr().out
     page = (tmp_path / "report/README.md").read_text()
     assert "This is a part of the study: 32 of 192 runs" in page
     assert "2 of 6 seeds at the small size, 0 of 6 seeds at the large size" in page
@@ -351,7 +353,7 @@ def test_report(tmp_path, capsys):
     assert re.search(r"half of the answers it comes out \+0\.\d+ higher", page)  # the scores are all noise
     results = json.loads((tmp_path / "report/results.json").read_text())
     assert len(results["runs"]) == 32
-    assert len(results["verdicts"]) == len(ARROWS)
+    assert len(results["verdicts"]) == len(SIZES) * len(ARROWS)
     for name in ("claims", "methods", "asked"):
         assert (tmp_path / f"report/{name}.png").stat().st_size > 10_000
 
