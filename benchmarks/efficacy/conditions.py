@@ -160,8 +160,9 @@ each score); every method is measured under all of them. Noise in those means ca
 chosen answer is the better one over all dimensions whatever the prompts. What is left out is a dimension's own prompt.
 
 **Statistics.** The unit is the seed. Intervals are Student's t over seeds, {len(SEEDS)} when all are in; differences
-are taken within seeds, and over both sizes within a seed first, since its sizes share their data. Claims were fixed
-before any run (`arms.py`), and are adjusted together by Holm's method; all other intervals are not adjusted.
+are taken within seeds, and where two sizes are put together over both within a seed first, as they share its data.
+Claims were fixed before any run (`arms.py`); at each size they are adjusted together by Holm's method. All other
+intervals are not adjusted.
 """
 
 
