@@ -25,6 +25,7 @@ from benchmarks.support import COLOURS, RESULTS, STYLE, markdown_table, write_re
 from megatron_amopo import device
 from megatron_amopo.certification.observed_run import metrics
 from megatron_amopo.certification.ranks import RankPool
+from megatron_amopo.training.fp8 import RECIPE_FLAGS
 
 SETTING = Setting(1.5e-3, MappingProxyType({"beta": 10.0, "gamma": 3.0}))
 LOG_INTERVAL = 5
@@ -34,9 +35,9 @@ ON_GPU: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "bf16": _BF16,
         "bf16, another order of records": (*_BF16, "--amopo-seed", "12345"),  # how much chance alone does
-        "FP8 delayed": (*_BF16, "--fp8-format", "hybrid", "--fp8-recipe", "delayed", *CHECKED),
-        "FP8 tensorwise": (*_BF16, "--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", *CHECKED),
-        "FP8 blockwise": (*_BF16, "--fp8-format", "e4m3", "--fp8-recipe", "blockwise", *CHECKED),
+        "FP8 delayed": (*_BF16, *RECIPE_FLAGS["delayed"], *CHECKED),
+        "FP8 tensorwise": (*_BF16, *RECIPE_FLAGS["tensorwise"], *CHECKED),
+        "FP8 blockwise": (*_BF16, *RECIPE_FLAGS["blockwise"], *CHECKED),
     }
 )
 ON_CPU: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -111,7 +111,7 @@ def _verdicts(study: Study, found: Sequence[Verdict]) -> str:
             for verdict in found
             if verdict.arrow == arrow
         ]
-        both = study.difference(arrow, FIGURES["mean"], study.compared_sizes(arrow)) if len(study.sizes) > 1 else None
+        both = study.difference(arrow, FIGURES["mean"], study.sizes) if len(study.sizes) > 1 else None
         rows.append([claim(arrow), *chain.from_iterable(cells), interval(both, "+.2f")])
     header = ["claim", *chain.from_iterable((f"{size.name}: verdict", "difference", "p (Holm)") for size in SIZES)]
     return f"""## Verdicts

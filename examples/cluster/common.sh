@@ -21,7 +21,7 @@ REQUEUE_STATUS=${REQUEUE_STATUS:-75}   # EX_TEMPFAIL; Kubeflow starts again from
 WAIT_MINUTES=${WAIT_MINUTES:-120}      # for the first node's preparation, on the others
 readonly UNVERIFIED_STATUS=3
 HF_CACHE=${HF_CACHE:-}                 # where the imported model is kept; default OUTPUT/import. Runs may share it
-# Torch 2.15 waits so many seconds for ranks that it has told to end; older ones wait 30.
+# Torch from 2.12 on waits so many seconds for ranks that it has told to end; 2.11 waits 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -78,7 +78,7 @@ show_and_run() {
   [ "$DRY_RUN" = 1 ] || "${@:2}"
 }
 
-# align: the whole run, as the variables of the script say that sources this; ends it.
+# align: the whole run, as the sourcing script's variables say; ends that script.
 align() {
   local layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP")
   [ "$TP" = 1 ] || layout+=(--sequence-parallel)

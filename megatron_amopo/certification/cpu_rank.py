@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-# The CPU's arithmetic, also on a machine with fewer GPUs than ranks; both are read when torch is imported.
+# The CPU's arithmetic, also on a machine with fewer GPUs than ranks: before torch asks for either.
 os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)

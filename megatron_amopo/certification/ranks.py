@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 JOB_TIMEOUT_S = 600
-#: The module that ranks on the CPU are forks of the import of.
+#: What the process imports of which the CPU's ranks are forks.
 CPU_RANK = "megatron_amopo.certification.cpu_rank"
 
 
@@ -47,7 +47,8 @@ class RankPool:
             self._processes.append(process)
 
     def run(self, job: Callable[..., Any], num_ranks: int, *args: Any, **kwargs: Any) -> list[Any]:
-        """Run ``job(*args, **kwargs)`` on the first ``num_ranks`` ranks; the results by rank.
+        """Run ``job(*args, **kwargs)`` on the first ``num_ranks`` ranks; the results by rank. A job may initialise
+        ``torch.distributed`` once: the ranks' addresses are kept as long as it runs.
 
         Raises:
             RuntimeError: with the traceback of the first rank that failed; all ranks are then started anew for the next
@@ -103,10 +104,11 @@ class RankPool:
 
 def _work(rank: int, connection: Connection, gpus: bool) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
-    if not gpus:
+    if gpus:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+    else:
         import_module(CPU_RANK)  # takes no time in a fork of it
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     from megatron_amopo import device
 
     device.prepare()

@@ -14,6 +14,19 @@ from megatron_amopo.data.balance import StepPlan, plan_step
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """Of how many micro-batches a pipeline can make a step. An interleaved one sends `together` through each of its
+    virtual stages in turn, the last time fewer, but not fewer than its `stages`; others take any number.
+    """
+
+    together: int = 1
+    stages: int = 1
+
+    def takes(self, num_micro_batches: int) -> bool:
+        return num_micro_batches >= self.together and not 0 < num_micro_batches % self.together < self.stages
+
+
+@dataclass(frozen=True)
 class GlobalBatches:
     """The global batches of a run.
 
@@ -38,16 +51,19 @@ class GlobalBatches:
             indices, _ = self.order(samples)
             yield plan_step(self.tokens[indices], num_micro_batches=num_micro_batches, dp_size=self.dp_size)
 
-    def micro_batch_size_within(self, budget: int, *, least_micro_batches: int = 1) -> int:
+    def micro_batch_size_within(self, budget: int, schedule: Schedule) -> int:
         """The most records per micro-batch, on average, with which no micro-batch of the run has more than `budget`
         tokens; one of a single record may.
 
         It divides a rank's share of the global batch, so that all steps have the same number of micro-batches, and
-        leaves at least `least_micro_batches`. One record per micro-batch always fits: each is dealt one then.
+        leaves a number that the schedule takes. One record per micro-batch always fits: each is dealt one then. It is
+        the answer, too, where the schedule takes no number at all.
         """
         share = self.size // self.dp_size
-        for micro_batch_size in range(share // least_micro_batches, 1, -1):
-            if share % micro_batch_size == 0 and all(fits(plan, budget) for plan in self.plans(micro_batch_size)):
+        for micro_batch_size in range(share, 1, -1):
+            if share % micro_batch_size or not schedule.takes(share // micro_batch_size):
+                continue
+            if all(fits(plan, budget) for plan in self.plans(micro_batch_size)):
                 return micro_batch_size
         return 1
 

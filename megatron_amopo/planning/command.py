@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_amopo.planning.layout import Layout, Options
 from megatron_amopo.planning.sizes import ModelSizes
+from megatron_amopo.training.fp8 import RECIPE_FLAGS
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,7 @@ def training_flags(sizes: ModelSizes, layout: Layout, options: Options, places: 
     flags += ["--micro-batch-size", str(options.micro_batch), "--global-batch-size", str(options.global_batch)]
     flags += _optimizer(layout, options)
     if options.is_fp8:
-        # A scale per block leaves gradients no need of e5m2's wider range.
-        flags += ["--fp8-format", "e4m3" if options.fp8_recipe == "blockwise" else "hybrid"]
-        flags += ["--fp8-recipe", options.fp8_recipe]
-        if options.fp8_recipe == "delayed":
-            flags += ["--fp8-amax-history-len", "1024", "--fp8-amax-compute-algo", "max"]
+        flags += RECIPE_FLAGS[options.fp8_recipe]
     if layout.recompute == "full":
         flags += ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     elif layout.recompute == "mlp":

@@ -1,20 +1,21 @@
 """Why a layout can't be run: what this project, Megatron or the GPU would refuse, with the reason.
 
 The project's own checks are called as training calls them (``training/checks.py``, ``training/fp8.py``).
-Megatron's are assertions in the middle of its validation and of its schedules; they are written here once more, and a
-test starts Megatron's own with each case.
+Megatron's are assertions in the middle of its validation; they are written here once more, and a test starts Megatron's
+own with each case.
 """
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_amopo.checkpoint.families import SequenceLimit
 from megatron_amopo.errors import ConfigError
 from megatron_amopo.planning.hardware import Gpu
 from megatron_amopo.planning.layout import Layout, Options
 from megatron_amopo.planning.sizes import ModelSizes
-from megatron_amopo.training.checks import LEAST, check_before, check_shape
+from megatron_amopo.training.checks import LEAST, check_before, check_schedule, check_shape
 from megatron_amopo.training.fp8 import check_fp8
 
 PROJECT, MEGATRON, HARDWARE = "megatron-amopo", "Megatron", "hardware"
@@ -52,7 +53,7 @@ def sequence_refusal(longest: int, limit: SequenceLimit) -> Refusal | None:
 
 def _refusals(sizes: ModelSizes, gpu: Gpu, layout: Layout, options: Options, world_size: int) -> Iterator[Refusal]:
     args = _arguments(sizes, layout, options, world_size)
-    for check in (check_before, check_shape, check_fp8):
+    for check in (check_before, check_shape, check_fp8, partial(check_schedule, dp=max(layout.dp, 1))):
         yield from _of_project(check, args)
     for reason in _of_megatron(sizes, layout, options):
         yield Refusal(MEGATRON, reason)

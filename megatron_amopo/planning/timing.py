@@ -12,7 +12,7 @@ draining the pipeline comes on top. Within a micro-batch:
 Communication that Megatron runs beside computation costs the share ``exposed`` of its time.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_amopo.planning.efficiency import DEFAULT, Efficiency
 from megatron_amopo.planning.hardware import Gpu
@@ -59,7 +59,7 @@ class StepTime(Parts):
 
 
 @dataclass(frozen=True)
-class _Stage:
+class _Stage(Parts):
     """Seconds of one micro-batch on a rank of one pipeline stage."""
 
     matmul: float
@@ -71,10 +71,6 @@ class _Stage:
     context_parallel: float
     transfers: float
     host: float
-
-    @property
-    def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
 
 
 class TimeModel:

@@ -36,8 +36,10 @@ from megatron_amopo.training.checks import (
     check_data,
     check_outputs,
     check_room,
+    check_schedule,
     check_shape,
     check_tokenizer,
+    schedule_of,
 )
 from megatron_amopo.training.fp8 import check_fp8
 from megatron_amopo.training.hugging_face import HfStart, add_hugging_face_arguments, check_export, find_hf_start
@@ -212,6 +214,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     observers = read_observers(args, groups.dimensions, scored, has_validation=validation is not None)
     if args.amopo_max_tokens_per_micro_batch is not None:
         _set_micro_batch_sizes(args, groups, validation, num_samples, data_parallel_size)
+    check_schedule(args, data_parallel_size)
     prepare_async_save(args)
     try:
         validate_args(args)
@@ -336,12 +339,9 @@ def micro_batch_size_within_budget(
     dp_size: int,
 ) -> int:
     """The most records per micro-batch with which every step keeps to --amopo-max-tokens-per-micro-batch."""
-    interleaved = args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
-    # What Megatron's interleaved schedule needs, in training as in evaluation.
-    least = args.pipeline_model_parallel_size if interleaved else 1
     tokens = groups.packed_tokens(args.amopo_share_prefixes)
     batches = GlobalBatches(tokens, order, num_samples, global_batch_size, dp_size)
-    return batches.micro_batch_size_within(args.amopo_max_tokens_per_micro_batch, least_micro_batches=least)
+    return batches.micro_batch_size_within(args.amopo_max_tokens_per_micro_batch, schedule_of(args))
 
 
 def open_validation(data: Path, dimensions: Sequence[str]) -> PreparedGroups | None:

@@ -21,6 +21,7 @@ from megatron_amopo.checkpoint.families import SequenceLimit, parameter_table
 from megatron_amopo.checkpoint.iterations import current_iteration, holds_checkpoint, leftovers
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
+from megatron_amopo.data.planning import Schedule
 from megatron_amopo.errors import ConfigError, DataError
 from megatron_amopo.model.attention import select_backend
 from megatron_amopo.training.resuming import check_loadable
@@ -85,23 +86,40 @@ def check_before(args: argparse.Namespace) -> None:
                 f"{flag}global-batch-size {global_batch} is not a multiple of {flag}micro-batch-size {micro_batch} "
                 f"× {dp} data-parallel rank(s)"
             )
-        if global_batch is not None and args.amopo_max_tokens_per_micro_batch is None:
-            _check_interleaving(
-                args, f"--{prefix.replace('_', '-')}global-batch-size", global_batch // micro_batch // dp
-            )
 
 
-def _check_interleaving(args: argparse.Namespace, flag: str, micro_batches: int) -> None:
-    """Whether Megatron's interleaved schedule, if it is asked for, can deal with so many micro-batches per rank."""
-    if not (args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank):
+def schedule_of(args: argparse.Namespace) -> Schedule:
+    """What Megatron's pipeline schedule can make a step of, in training as in evaluation."""
+    pp, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
+    if virtual is None and args.num_layers_per_virtual_pipeline_stage is not None:
+        ends = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        virtual = (args.num_layers + ends) // pp // args.num_layers_per_virtual_pipeline_stage
+    if virtual in (None, 1):
+        return Schedule()
+    return Schedule(args.microbatch_group_size_per_vp_stage or pp, pp)
+
+
+def check_schedule(args: argparse.Namespace, dp: int) -> None:
+    """Whether the numbers of micro-batches of training and evaluation can be scheduled, once all sizes are known."""
+    schedule = schedule_of(args)
+    if schedule == Schedule():
         return
-    pp = args.pipeline_model_parallel_size
-    group = args.microbatch_group_size_per_vp_stage or pp
-    if micro_batches < group or 0 < micro_batches % group < pp:
+    if schedule.together < schedule.stages:
         raise ConfigError(
-            f"{flag} makes {micro_batches} micro-batch(es) per data-parallel rank; interleaved pipeline stages take "
-            f"them in groups of {group}, the last of {pp} or more"
+            f"--microbatch-group-size-per-virtual-pipeline-stage {schedule.together} is less than "
+            f"--pipeline-model-parallel-size {schedule.stages}"
         )
+    sizes = {} if args.skip_train else {"--global-batch-size": (args.global_batch_size, args.micro_batch_size)}
+    evaluated = args.eval_global_batch_size or args.global_batch_size
+    sizes["--eval-global-batch-size"] = evaluated, args.eval_micro_batch_size or args.micro_batch_size
+    for flag, (records, micro_batch) in sizes.items():
+        num_micro_batches = records // (micro_batch * dp)
+        if not schedule.takes(num_micro_batches):
+            raise ConfigError(
+                f"{flag} {records} makes {num_micro_batches} micro-batch(es) of {micro_batch} on {dp} data-parallel "
+                f"rank(s); interleaved pipeline stages take them in groups of {schedule.together}, the last of "
+                f"{schedule.stages} or more"
+            )
 
 
 def _check_micro_batches(args: argparse.Namespace) -> None:

@@ -16,6 +16,19 @@ from megatron_amopo.errors import ConfigError
 #: scale for 128 values of a row, or for 128 × 128 of a weight (arXiv 2412.19437 §3.3.2).
 ALIGNMENT: Mapping[str, int] = MappingProxyType({"delayed": 16, "tensorwise": 16, "blockwise": 128})
 
+#: The flags that ask for each. A scale per block leaves gradients no need of e5m2's wider range; delayed scales are of
+#: the largest values of the last steps.
+RECIPE_FLAGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "delayed": (
+            *("--fp8-format", "hybrid", "--fp8-amax-history-len", "1024", "--fp8-amax-compute-algo", "max"),
+            *("--fp8-recipe", "delayed"),
+        ),
+        "tensorwise": ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"),
+        "blockwise": ("--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
+    }
+)
+
 _FURTHER_FLAGS = ("first_last_layers_bf16", "amopo_fp8_check_interval")
 
 

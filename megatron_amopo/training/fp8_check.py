@@ -24,6 +24,7 @@ from megatron_amopo.data.batching import GroupBatch
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.objectives.statistics import response_statistics
 from megatron_amopo.training.arguments import RunConfig
+from megatron_amopo.training.checks import schedule_of
 from megatron_amopo.training.datasets import training_batches
 from megatron_amopo.training.forward_only import forward_only
 
@@ -93,8 +94,7 @@ def _log_probabilities(model: Chunks, args: Namespace, config: RunConfig) -> lis
         iterators,
         args,
         config,
-        # One, or as many as an interleaved pipeline takes at least.
-        num_micro_batches=args.pipeline_model_parallel_size if len(model) > 1 else 1,
+        num_micro_batches=schedule_of(args).together,
         micro_batch_size=args.micro_batch_size,
         collect=lambda batch, logps: (batch, logps.float()),
     )

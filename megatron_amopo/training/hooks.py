@@ -30,7 +30,7 @@ from megatron_amopo.training.together import together
 
 
 class Hooks:
-    """Puts our records into Megatron's loop by wrapping seven of its functions for the time of a run.
+    """Puts our records into Megatron's loop by wrapping nine of its functions for the time of a run.
 
     - ``setup_model_and_optimizer`` gives the starting weights, of which the reference log-probabilities are;
     - ``train_step`` is what observers are told begins and ends;
@@ -39,7 +39,8 @@ class Hooks:
     - ``evaluate_and_print_results`` would print a perplexity of every metric, and repeat the last evaluation;
     - ``train`` starts without an evaluation;
     - ``save_checkpoint`` writes weights; what export and resume need beside them is written once before it;
-    - ``checkpoint_and_decide_exit`` says that the run ends early.
+    - ``checkpoint_and_decide_exit`` says that the run ends early;
+    - ``enable_forward_pre_hook`` and ``disable_forward_pre_hook`` do nothing where nothing is left to do.
     """
 
     def __init__(

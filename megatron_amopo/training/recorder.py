@@ -74,7 +74,7 @@ class Recorder:
             write_whole(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def mend(self) -> None:
-        """Continue a file to its last whole line: a run that was killed may have left a part of one behind it."""
+        """Cut a file back to its last whole line: a run that was killed may have left a part of one behind it."""
         if self.file is None or not self.file.exists():
             return
         with _failures(self.file):

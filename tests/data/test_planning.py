@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_amopo.data.batching import SampleOrder
-from megatron_amopo.data.planning import Balance, GlobalBatches, fits
+from megatron_amopo.data.planning import Balance, GlobalBatches, Schedule, fits
 
 
 def batches(tokens, *, num_samples=None, size=16, dp_size=2, seed=1):
@@ -40,18 +40,34 @@ def global_batches(run):
 def test_the_budget_holds_in_every_step_and_no_larger_size_would_do(budget, seed):
     """Two epochs and a half, the last batch incomplete."""
     run = batches(lengths(seed), num_samples=500)
-    size = run.micro_batch_size_within(budget)
+    size = run.micro_batch_size_within(budget, Schedule())
     assert longest_of_several(run, size) <= budget
     for larger in (other for other in (2, 4, 8) if other > size):
         assert longest_of_several(run, larger) > budget
 
 
 def test_a_generous_budget_takes_one_micro_batch():
-    assert batches(lengths()).micro_batch_size_within(10**9) == 8
+    assert batches(lengths()).micro_batch_size_within(10**9, Schedule()) == 8
 
 
-def test_the_least_number_of_micro_batches_is_kept():
-    assert batches(lengths()).micro_batch_size_within(10**9, least_micro_batches=3) == 2
+@pytest.mark.parametrize(
+    ("schedule", "taken"),
+    [
+        (Schedule(), range(1, 10)),
+        (Schedule(2, 2), (2, 4, 6, 8)),
+        (Schedule(4, 2), (4, 6, 7, 8)),
+        (Schedule(4, 4), (4, 8)),
+    ],
+)
+def test_numbers_of_micro_batches_that_a_schedule_takes(schedule, taken):
+    assert [number for number in range(10) if schedule.takes(number)] == list(taken)
+
+
+def test_the_number_of_micro_batches_is_one_that_the_schedule_takes():
+    run = batches(lengths(), size=24)  # 12 records on a rank
+    assert run.micro_batch_size_within(10**9, Schedule(2, 2)) == 6
+    assert run.micro_batch_size_within(10**9, Schedule(4, 4)) == 3
+    assert run.micro_batch_size_within(10**9, Schedule(5, 5)) == 1  # takes none of them
 
 
 @pytest.mark.parametrize("num_samples", [200, 193, 177])
@@ -60,7 +76,7 @@ def test_a_record_longer_than_the_budget_has_a_micro_batch_of_its_own(num_sample
     tokens[[17, 90]] = 40_000
     run = batches(tokens, num_samples=num_samples)
     for budget in (3000, 10):  # 10: every record is longer
-        size = run.micro_batch_size_within(budget)
+        size = run.micro_batch_size_within(budget, Schedule())
         assert size >= 1
         assert longest_of_several(run, size) <= budget
         for samples, plan in zip(global_batches(run), run.plans(size), strict=True):
@@ -90,6 +106,6 @@ def test_balance_is_that_of_the_ranks():
 
 def test_the_plan_is_a_pure_function():
     make = partial(batches, lengths(), num_samples=333)
-    assert make().micro_batch_size_within(1500) == make().micro_batch_size_within(1500)
+    assert make().micro_batch_size_within(1500, Schedule()) == make().micro_batch_size_within(1500, Schedule())
     for one, other in zip(make().plans(2), make().plans(2), strict=True):
         assert one.ranks == other.ranks

@@ -14,7 +14,7 @@ from tests.distributed.layout_runs import flags
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of this folder share ranks that take half a minute to start."""
+    """All tests of this folder share ranks, which take a while to start."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.distributed)

@@ -6,6 +6,7 @@ A flag that Megatron renames, or a combination that it comes to refuse, shows he
 import pytest
 
 from megatron_amopo.certification.tiny import make_data
+from megatron_amopo.training.fp8 import RECIPE_FLAGS
 from tests.support.jobs_launch import launch_refusal
 from tests.support.launch_scripts import SHAPES, dry_run, write_config
 
@@ -55,6 +56,7 @@ def test_nothing_is_refused(case, ranks, places, tmp_path):
 @pytest.mark.parametrize("recipe", FP8)
 def test_fp8_is_refused_by_the_machine_alone(name, recipe, ranks, places, tmp_path):
     flags, world_size = flags_of(name, places, tmp_path, {"PRECISION": "fp8", **FP8[recipe]})
+    assert " ".join(RECIPE_FLAGS[recipe]) in " ".join(flags)
     assert ranks.run(launch_refusal, 1, flags, world_size)[0] == ""
     own_words = ranks.run(launch_refusal, 1, flags, world_size, on_hopper=False)[0]
     assert "--transformer-impl transformer_engine needs Transformer Engine, which isn't installed" in own_words

@@ -10,6 +10,7 @@ from megatron_amopo.training.supported_flags import FOREIGN_GROUPS, MODEL_GROUPS
 from tests.support.jobs import parser_flags, refusal
 
 BASE = ["--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "2", "--lr", "1e-3"]
+PP2_VPP2 = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
 
 FLAGS = {
     "context ring": (["--context-parallel-size", "2", "--cp-comm-type", "p2p"], 2, "--cp-comm-type is not supported"),
@@ -160,9 +161,25 @@ FLAGS = {
     "batch": (["--global-batch-size", "6"], 4, "--global-batch-size 6 is not a multiple of --micro-batch-size 1 × 4"),
     "eval batch": (["--eval-global-batch-size", "3"], 2, "--eval-global-batch-size 3 is not a multiple"),
     "interleaved": (
-        ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"],
+        [*PP2_VPP2],
         8,
-        "--global-batch-size makes 1 micro-batch(es) per data-parallel rank; interleaved pipeline stages take them in",
+        "--global-batch-size 4 makes 1 micro-batch(es) of 1 on 4 data-parallel rank(s); interleaved pipeline stages "
+        "take them in groups of 2, the last of 2 or more",
+    ),
+    "interleaved, evaluation": (
+        [*PP2_VPP2, "--eval-micro-batch-size", "4"],
+        2,
+        "--eval-global-batch-size 4 makes 1 micro-batch(es) of 4 on 1 data-parallel rank(s)",
+    ),
+    "interleaved, group": (
+        [*PP2_VPP2, "--microbatch-group-size-per-virtual-pipeline-stage", "1"],
+        2,
+        "--microbatch-group-size-per-virtual-pipeline-stage 1 is less than --pipeline-model-parallel-size 2",
+    ),
+    "interleaved, remainder": (
+        [*PP2_VPP2, "--microbatch-group-size-per-virtual-pipeline-stage", "3"],
+        2,
+        "--global-batch-size 4 makes 4 micro-batch(es) of 1 on 1 data-parallel rank(s)",
     ),
     "Megatron's own": (
         ["--sequence-parallel", "--num-layers-per-virtual-pipeline-stage", "2"],
@@ -202,10 +219,15 @@ def test_missing_pieces(ranks, workplace, tmp_path):
             f"--pretrained-checkpoint {tmp_path} holds no checkpoint",
         ),
         ([*data, "--pretrained-checkpoint", str(workplace.hf), *BASE], "Give it as --amopo-hf-model instead"),
+        (  # no batch size is given, which then is one micro-batch on a rank
+            [*data, *model, *BASE[:2], *BASE[4:], *PP2_VPP2],
+            "--global-batch-size 1 makes 1 micro-batch(es) of 1 on 1 data-parallel rank(s)",
+        ),
         ([*model, "--amopo-data", str(tmp_path / "none"), *BASE], f"no prepared data at {tmp_path / 'none'}"),
         ([*model, "--amopo-data", str(tmp_path), *BASE], "manifest.json"),
     ]:
-        assert message in ranks.run(refusal, 1, flags)[0]
+        world_size = 2 if PP2_VPP2[0] in flags else 1
+        assert message in ranks.run(refusal, 1, flags, world_size=world_size)[0]
 
 
 def test_hugging_face_folders_at_both_ends(ranks, workplace, tmp_path):

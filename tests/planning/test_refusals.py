@@ -26,7 +26,7 @@ REFUSED = {
     "chunks": (Layout(pp=4, chunks=2), 4, {}, MEGATRON, "2 model chunks don't divide 7 layers of a pipeline stage"),
     "chunks of one stage": (Layout(chunks=2), 1, {}, MEGATRON, "need --pipeline-model-parallel-size 2 or more"),
     "groups of micro-batches": (
-        Layout(pp=4, chunks=7), 4, {"global_batch": 6}, PROJECT, "makes 6 micro-batch(es) per data-parallel rank",
+        Layout(pp=4, chunks=7), 4, {"global_batch": 6}, PROJECT, "makes 6 micro-batch(es) of 1 on 1 data-parallel",
     ),
     "precision-aware": (
         Layout(), 1, {"distributed_optimizer": False, "precision_aware_optimizer": True}, MEGATRON,

@@ -1,7 +1,7 @@
 """Conversions in processes of their own, to be killed at random moments, and what loaders make of what they leave.
 
-Importing torch takes longer than a small conversion, so a fork server (tests/checkpoint/conftest.py) imports this
-module once and never computes: what it forks has neither threads nor locks of its parent's.
+Importing torch takes longer than a small conversion, so a fork server (tests/checkpoint/conftest.py) imports it once
+and never computes: what it forks has neither threads nor locks of its parent's.
 """
 
 from __future__ import annotations
