@@ -17,6 +17,8 @@ SUBJECTS = {
     "slurm": "examples/slurm/train.sbatch",
     "kubernetes": "examples/kubernetes/pytorchjob.yaml",
     "container": "Dockerfile",
+    "quickstart": "examples/quickstart.sh",
+    "try_your_data": "examples/try_your_data.sh",
 }
 NEVER = "**never run**"
 #: What a card of a training script has to take a stand on.
@@ -31,8 +33,8 @@ def rows(card: str) -> list[list[str]]:
     return cells[1:]
 
 
-def test_every_script_for_clusters_has_a_card():
-    scripts = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/qwen2.5_*.sh")}
+def test_every_script_has_a_card():
+    scripts = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*.sh")}
     scripts |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*/*.sbatch")}
     scripts |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/kubernetes/*.yaml")}
     assert scripts | {"Dockerfile"} == set(SUBJECTS.values())
