@@ -5,7 +5,7 @@ Makes a model of random bfloat16 weights in the exact shape of a published one, 
 cache and ends when its bytes are on the disk; the converter runs as people run it, by its command line. Once, the two
 sides are verified and the exported files compared with the originals byte by byte. Gives a folder of results.
 
-    python benchmarks/convert_checkpoints.py --work DIR [--model 7b|3b|tiny | --config FILE] [--rounds 2] [--workers 2]
+    python -m benchmarks.convert_checkpoints --work DIR [--model 7b|3b|tiny | --config FILE] [--rounds 2] [--workers 2]
 
 DIR needs three times the model's size (7b: 46 GB); everything in it is removed at the end.
 """
@@ -108,7 +108,7 @@ def main() -> int:
     write_results(
         args.results,
         title=f"Converting checkpoints: {name}",
-        command="python benchmarks/convert_checkpoints.py --work DIR "
+        command="python -m benchmarks.convert_checkpoints --work DIR "
         + (f"--config {args.config.name} " if args.config else f"--model {args.model} ")
         + f"--rounds {args.rounds} --workers {args.workers}",
         text=text,

@@ -20,6 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from megatron_amopo.checkpoint.convert import DTYPES, ORIGINAL, Conversion, hf_to_megatron, megatron_to_hf
 from megatron_amopo.checkpoint.logits import TOLERANCE, LogitsComparison, compare_logits
 from megatron_amopo.checkpoint.streaming import DEFAULT_WORKERS

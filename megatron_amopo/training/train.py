@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 import sys
+import time
 import warnings
 from argparse import Namespace
 from dataclasses import replace
@@ -51,6 +52,9 @@ from megatron_amopo.training.step import Step
 from megatron_amopo.training.stopping import LOST_RANK, Stopping, is_lost_rank
 from megatron_amopo.training.together import FailedTogether
 
+#: Seconds within which the first rank of a machine comes to an error that another has found.
+FIRST_RANK_SPEAKS_S = 30.0
+
 
 def main() -> None:
     """Train, evaluate and save as the command line says; exit code 2 and one line for an error that is the user's to
@@ -59,11 +63,7 @@ def main() -> None:
     try:
         args, config = prepare()
     except AmopoError as error:
-        # All ranks of a machine find the same error; one says it, or the one that alone knows why an import failed.
-        # Another machine may lack what this one has.
-        if _is_first_here() or isinstance(error, ImportFailed):
-            where = f" ({platform.node()})" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        _say(error)
         sys.exit(2)
     try:
         stopping = run(args, config)
@@ -103,6 +103,21 @@ def prepare() -> tuple[Namespace, RunConfig]:
     if config.hf_start is not None:
         config.hf_start.import_weights(quiet=not _is_first_here())
     return args, config
+
+
+def _say(error: AmopoError) -> None:
+    """Print an error that all ranks of a machine have found: by the first of them, or by the one that alone knows why
+    an import failed. Another machine may lack what this one has.
+    """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not (_is_first_here() or isinstance(error, ImportFailed)):
+        if not under_torchrun:
+            return
+        # It ends all ranks when one has ended, also the first, which may not have come so far. So that one ends first;
+        # if it finds no error, this rank still says its own.
+        time.sleep(FIRST_RANK_SPEAKS_S)
+    where = f" ({platform.node()})" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
+    print(f"error{where}: {error}", file=sys.stderr, flush=True)
 
 
 def _is_first_here() -> bool:

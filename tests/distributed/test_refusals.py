@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
 from megatron_amopo.certification.tiny import make_data
 from megatron_amopo.training.supported_flags import FOREIGN_GROUPS, MODEL_GROUPS, SUPPORTED_MODEL_FLAGS, UNSUPPORTED
-from tests.support.jobs import parser_flags, refusal
+from tests.support.jobs import parser_flags, refusal, said_under_torchrun
 
 BASE = ["--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", "2", "--lr", "1e-3"]
 PP2_VPP2 = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
@@ -394,3 +395,11 @@ def test_a_resumed_run_must_be_the_same_run(ranks, workplace, tmp_path, change, 
         changed = [*same, *change]
     assert message in ranks.run(refusal, 1, changed)[0]
     assert ranks.run(refusal, 1, [*changed, "--finetune"])[0] == ""
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_under_torchrun_the_first_rank_speaks_first(local_rank, ranks):
+    """Another would end it before it has; if the first finds no error, the other says its own."""
+    start = time.monotonic()
+    assert ranks.run(said_under_torchrun, 1, local_rank, 1.5)[0] == "error: --lr is missing\n"
+    assert (time.monotonic() - start > 1.5) == (local_rank > 0)

@@ -5,6 +5,7 @@ import contextlib
 import io
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -39,6 +40,27 @@ def refusal(flags: list[str], *, world_size: int = 1) -> str:
     except AmopoError as error:
         return str(error)
     return ""
+
+
+def said_under_torchrun(local_rank: int, seconds: float) -> str:
+    """What a rank prints of an error that all ranks find before training, where the first doesn't end within
+    ``seconds``.
+    """
+    import os
+
+    from megatron_amopo.errors import ConfigError
+    from megatron_amopo.training import train
+
+    said = io.StringIO()
+    with (
+        patch.dict(os.environ, {"LOCAL_RANK": str(local_rank), "TORCHELASTIC_RUN_ID": "none"}),
+        patch.object(train, "FIRST_RANK_SPEAKS_S", seconds),
+        patch.object(train, "prepare", side_effect=ConfigError("--lr is missing")),
+        contextlib.redirect_stderr(said),
+        contextlib.suppress(SystemExit),
+    ):
+        train.main()
+    return said.getvalue()
 
 
 def parser_flags() -> dict[str, tuple[str, str]]:
