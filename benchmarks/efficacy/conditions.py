@@ -162,8 +162,7 @@ chosen answer is the better one over all dimensions whatever the prompts. What i
 **Statistics.** The unit is the seed. Intervals are Student's t over seeds, {len(SEEDS)} when all are in; differences
 are taken within seeds, and where two sizes are put together over both within a seed first, as they share its data.
 Claims were fixed before any run (`arms.py`); at each size they are adjusted together by Holm's method. That each size
-has a verdict of its own was decided after the small size had been run, before its differences were tested. All other
-intervals are not adjusted.
+has a verdict of its own was decided after the small size had been run. All other intervals are not adjusted.
 """
 
 
