@@ -228,6 +228,7 @@ def report(model: str, short: int, records: int, results: Mapping[str, Result]) 
                 name,
                 result.dimensions,
                 f"{result.seconds.median / records:.3f}",
+                f"{result.seconds.median / records / result.dimensions:.3f}",
                 result.seconds.per(first.seconds).text(".2f"),
                 once,
                 result.per_epoch(EPOCHS).per(first.seconds).text(".2f"),
@@ -239,6 +240,7 @@ def report(model: str, short: int, records: int, results: Mapping[str, Result]) 
             "",
             "D",
             "step, s/record",
+            "s/pair",
             "over no reference",
             "once, s/record",
             f"with {EPOCHS} epochs' share of it",
@@ -250,7 +252,8 @@ def report(model: str, short: int, records: int, results: Mapping[str, Result]) 
 micro-batch, forward pass, loss and backward pass, without the optimizer; the same records in all rows. Ratios are of
 times, over the row without a reference and with as many prompts D, taken round by round: median (smallest – largest).
 `once` is the forward pass that fills the cache, which a run of several epochs pays once. A second model's weights count
-as memory. The reference log-probabilities were found equal to transformers' before anything was timed.
+as memory. A record is D pairs. The reference log-probabilities were found equal to transformers' before anything was
+timed.
 
 {table}"""
 

@@ -95,9 +95,37 @@ def tuning(output: Path) -> str:
 The learning rate and the pair loss's hyperparameters (published, or a larger β) are those with the highest mean score
 on {TUNING_REQUESTS} other requests under a seed of its own, which no other run has. The large size chooses among the
 same learning rates and takes over the hyperparameters. Arms that aren't listed take AMoPO apart, have no claim made of
-them, and take AMoPO's. One seed tunes: settings that differ by little were chosen among by chance. The highest learning
-rate was added to the grid when methods chose the one below it, before any run that counts. The scores say how much a
-method depends on its setting:
+them, and take AMoPO's. One seed tunes: settings that differ by little were chosen among by chance, and what takes turns
+with the seed (MODPO's trained objective, which prompts are left out) is tuned in one of its three ways. The highest
+learning rate was added to the grid when methods chose the one below it, before any run that counts. The scores say how
+much a method depends on its setting:
+
+{markdown_table(header, rows)}"""
+
+
+def tuned_and_tested(output: Path, study: Study) -> str:
+    """How the chosen setting did under the seed that chose it, and under those that count."""
+    best: dict[tuple[str, str], float] = {}
+    for run in tuning_runs(output):
+        key = run["size"], run["arm"]
+        best[key] = max(best.get(key, run["mean"]), run["mean"])
+    rows = []
+    for size in study.sizes:
+        for arm in ARMS:
+            means = [study.runs[size, arm.name, seed].mean for seed in study.seeds(size, arm.name)]
+            if means and (size, arm.tunes_as) in best:
+                found = best[size, arm.tunes_as]
+                rows.append(
+                    [
+                        f"{arm.title}, {size}",
+                        f"{found:.2f}" if arm.tunes_as == arm.name else f"{found:.2f} (AMoPO's)",
+                        f"{np.mean(means):.2f}",
+                        f"{min(means):.2f} – {max(means):.2f}",
+                    ]
+                )
+    header = ["method", "under the tuning seed", "mean over the others", "lowest – highest"]
+    return f"""The chosen setting's mean score under the seed that chose it, and under those that count. Where a method
+falls far from the one to the other, its place says as much about tuning on one seed as about the method.
 
 {markdown_table(header, rows)}"""
 
@@ -154,15 +182,16 @@ take turns with the seed.
 answers to a request, ties as half). Where methods differ most in one dimension, the mean mostly says how they differ
 there: see the worst dimension, the lowest of the three means, beside it. Hypervolume: the share of all vectors of mean
 scores that the model reaches or exceeds under some of sixteen prompts (the general one, and each dimension's asking for
-each score); every method is measured under all of them. Noise in those means can only add to a union of boxes: {bias}
+each score); every method is measured under all of them. Noise in those means adds to a union of boxes: {bias}
 
 **Fewer dimensions** are fewer prompts: the general prompt, which names all dimensions, is always among them, and the
 chosen answer is the better one over all dimensions whatever the prompts. What is left out is a dimension's own prompt.
 
 **Statistics.** The unit is the seed. Intervals are Student's t over seeds, {len(SEEDS)} when all are in; differences
 are taken within seeds, and where two sizes are put together over both within a seed first, as they share its data.
-Claims were fixed before any run (`arms.py`); at each size they are adjusted together by Holm's method. That each size
-has a verdict of its own was decided after the small size had been run. All other intervals are not adjusted.
+Claims were fixed before any run (`arms.py`); at each size they are adjusted together by Holm's method, which doesn't
+adjust for there being two sizes. That each size has a verdict of its own was decided after the small size had been run.
+All other intervals are not adjusted.
 """
 
 

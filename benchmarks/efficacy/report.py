@@ -57,6 +57,7 @@ def write_report(output: Path, results: Path) -> str:
         _asked(study),
         conditions.compute(study),
         conditions.tuning(output),
+        conditions.tuned_and_tested(output, study),
         conditions.method(output, study),
     )
     write_results(
@@ -92,11 +93,13 @@ def interval(found: Estimate | None, form: str = ".2f") -> str:
 def _status(study: Study) -> str:
     complete = {size: len(study.seeds(size, *ARM_NAMES)) for size in (each.name for each in SIZES)}
     numbers = ", ".join(f"{count} of {len(SEEDS)} seeds at the {size} size" for size, count in complete.items())
+    commits = sorted({run.facts["code"] for run in study.runs.values()})
+    code = f"The runs are of commit{'s' * (len(commits) > 1)} {', '.join(commits)}.\n"
     if len(study.runs) == study.expected:
-        return f"All {study.expected} runs are in: {numbers}.\n"
+        return f"All {study.expected} runs are in: {numbers}. {code}"
     return (
         f"**This is a part of the study: {len(study.runs)} of {study.expected} runs are in; all methods are finished "
-        f"on {numbers}.** What it says may change.\n"
+        f"on {numbers}.** What it says may change. {code}"
     )
 
 
@@ -111,7 +114,8 @@ def _verdicts(study: Study, found: Sequence[Verdict]) -> str:
             for verdict in found
             if verdict.arrow == arrow
         ]
-        both = study.difference(arrow, FIGURES["mean"], study.sizes) if len(study.sizes) > 1 else None
+        everywhere = all(study.compares(arrow, size.name) for size in SIZES)
+        both = study.difference(arrow, FIGURES["mean"], study.sizes) if everywhere else None
         rows.append([claim(arrow), *chain.from_iterable(cells), interval(both, "+.2f")])
     header = ["claim", *chain.from_iterable((f"{size.name}: verdict", "difference", "p (Holm)") for size in SIZES)]
     return f"""## Verdicts
@@ -165,7 +169,8 @@ def _share(study: Study, size: str, arm: str, other: str) -> str:
 def _further(study: Study) -> str:
     rows = []
     for arrow in FURTHER:
-        sizes = study.compared_sizes(arrow)
+        there = study.compared_sizes(arrow)
+        sizes = [size for size in there if study.compares(arrow, size)] or there  # not half a size beside a whole one
         differences = [study.difference(arrow, figure, sizes) for figure in FIGURES.values()]
         if any(differences):
             forms = ("+.2f", "+.2f", "+.3f")

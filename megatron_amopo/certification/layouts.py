@@ -112,7 +112,7 @@ CPU_LAYOUTS = (
     Layout("pp2-vpp2-groups-of-four", 2, PP2 + VPP + GROUPS_OF_FOUR),
     Layout("pp2-vpp2-warmup-overlap", 2, (*PP2, *VPP, *GROUPS_OF_FOUR, "--overlap-p2p-communication-warmup-flush")),
     # What prefixes are computed once: all layouts but these share all that can be shared (a tree).
-    Layout("share-none", 1, SHARE_NONE),
+    Layout("share-none-dp2", 2, SHARE_NONE),
     Layout("share-responses", 1, SHARE_RESPONSES),
     Layout("share-none-tp2-sp", 2, SHARE_NONE + TP2 + SP),
     Layout("share-responses-cp2-dp2", 4, SHARE_RESPONSES + CP2),
@@ -129,6 +129,7 @@ CPU_LAYOUTS = (
     Layout("tp2-sp-pp2-full-recompute", 4, TP2 + SP + PP2 + FULL_RECOMPUTE),
     Layout("tp2-sp-dp2-distributed-optimizer", 4, TP2 + SP + DISTRIBUTED),
     Layout("tp2-cp2", 4, TP2 + CP2),
+    Layout("tp2-cp2-fewer-key-value-heads", 4, TP2 + CP2, Problem(key_value_heads=2)),
     Layout("tp2-sp-cp2-full-recompute", 4, TP2 + SP + CP2 + FULL_RECOMPUTE),
     Layout("pp2-cp2", 4, PP2 + CP2),
     Layout("cp2-dp2", 4, CP2),
@@ -136,6 +137,7 @@ CPU_LAYOUTS = (
     Layout("tp2-dp2-distributed-optimizer-overlap-both", 4, TP2 + DISTRIBUTED + OVERLAP),
     Layout("pp2-dp2", 4, PP2),
     Layout("pp2-dp2-distributed-optimizer-overlap-both", 4, PP2 + DISTRIBUTED + OVERLAP),
+    Layout("pp2-dp2-param-gather-not-aligned", 4, (*PP2, *DISTRIBUTED, *OVERLAP, "--no-align-param-gather")),
     Layout("pp2-vpp2-dp2-micro-batch-2", 4, PP2 + VPP + _micro_batch(2)),
     # Other models and objectives.
     Layout("untied-one-rank", 1, problem=Problem(tied=False)),

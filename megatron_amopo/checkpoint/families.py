@@ -142,10 +142,11 @@ def _check_qwen_windows(config: Mapping[str, Any]) -> None:
     if not flag(config, "use_sliding_window") or config.get("sliding_window") is None or config.get("layer_types"):
         return
     layers = whole_number(config, "num_hidden_layers")
-    if (config.get("max_window_layers") or 0) < layers:
+    first = config.get("max_window_layers") and whole_number(config, "max_window_layers")
+    if not first or first < layers:
         raise CheckpointError(
-            f"config.json: use_sliding_window with max_window_layers {config.get('max_window_layers')} of {layers} "
-            "layers: sliding-window attention is not supported"
+            f"config.json: use_sliding_window with max_window_layers {first} of {layers} layers: sliding-window "
+            "attention is not supported"
         )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_amopo.data.manifest import Manifest
 from megatron_amopo.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REFERENCE_FILE = "reference.json"
 
 
@@ -28,15 +28,20 @@ class ReferenceIdentity:
     """What reference log-probabilities depend on. The layout that computed them changes their rounding alone."""
 
     weights: str  # fingerprint of model/fingerprint.py
+    model_config_sha256: str  # of what config.json says beside the weights: norms, rotary embedding, heads
     data_sha256: str  # of the data's manifest
-    precision: str  # that the model computed in: float32 or bfloat16
+    precision: str  # that the model computed in: float32, bfloat16 or fp8-RECIPE-FORMAT
     dimensions: tuple[str, ...]
 
     def why_not(self, wanted: "ReferenceIdentity") -> str | None:
         """Why numbers of this identity can't stand for the wanted ones; None if they can: they may have more
         dimensions, in another order.
         """
-        for name, what in (("weights", "other weights"), ("data_sha256", "other data")):
+        for name, what in (
+            ("weights", "other weights"),
+            ("model_config_sha256", "another config.json"),
+            ("data_sha256", "other data"),
+        ):
             has, wants = getattr(self, name), getattr(wanted, name)
             if has != wants:
                 return f"is of {what} ({name.removesuffix('_sha256')} {has[:16]}, this run's {wants[:16]})"
@@ -49,8 +54,8 @@ class ReferenceIdentity:
     @property
     def folder_name(self) -> str:
         """One name for each identity."""
-        dimensions = hashlib.sha256("\n".join(self.dimensions).encode()).hexdigest()
-        return f"{self.weights}-{self.data_sha256[:16]}-{self.precision}-{dimensions[:8]}"
+        rest = hashlib.sha256("\n".join((self.model_config_sha256, *self.dimensions)).encode()).hexdigest()
+        return f"{self.weights}-{self.data_sha256[:16]}-{self.precision}-{rest[:8]}"
 
     @classmethod
     def from_json(cls, content: Any) -> "ReferenceIdentity":
@@ -125,7 +130,8 @@ def read_identity(folder: Path) -> ReferenceIdentity:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
             raise DataError(
-                f"{path} has format {content['format_version']}, this version of megatron-amopo reads {FORMAT_VERSION}"
+                f"{path} has format {content['format_version']}, this version of megatron-amopo reads "
+                f"{FORMAT_VERSION}; remove {folder}, and a new run computes it again"
             )
         return ReferenceIdentity.from_json(content)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:

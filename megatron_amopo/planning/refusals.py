@@ -53,7 +53,8 @@ def sequence_refusal(longest: int, limit: SequenceLimit) -> Refusal | None:
 
 def _refusals(sizes: ModelSizes, gpu: Gpu, layout: Layout, options: Options, world_size: int) -> Iterator[Refusal]:
     args = _arguments(sizes, layout, options, world_size)
-    for check in (check_before, check_shape, check_fp8, partial(check_schedule, dp=max(layout.dp, 1))):
+    scheduled = partial(check_schedule, dp=max(layout.dp, 1), has_validation=False)
+    for check in (check_before, check_shape, check_fp8, scheduled):
         yield from _of_project(check, args)
     for reason in _of_megatron(sizes, layout, options):
         yield Refusal(MEGATRON, reason)
@@ -100,6 +101,7 @@ def _arguments(sizes: ModelSizes, layout: Layout, options: Options, world_size: 
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
+        pipeline_model_parallel_layout=None,
         num_layers_per_virtual_pipeline_stage=None,
         num_virtual_stages_per_pipeline_rank=layout.chunks if layout.chunks > 1 else None,
         microbatch_group_size_per_vp_stage=None,

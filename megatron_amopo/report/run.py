@@ -24,10 +24,11 @@ _MODEL = f"{MODEL_FOLDER}/config.json"
 
 @dataclass(frozen=True)
 class Line:
-    """Figures of one step, by name; what isn't a number is NaN."""
+    """Figures of one step, by name; what isn't a number is NaN. A bad step says its reason."""
 
     step: int
     metrics: Mapping[str, float]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Run:
     training: tuple[Line, ...]
     evaluations: tuple[Line, ...]
     conflicts: tuple[Line, ...]
+    bad_steps: tuple[Line, ...]  # which left the weights as they were
     evaluated_alone: Line | None  # of a later start with --skip-train
     starts: tuple[Start, ...]
     model: Mapping[str, Any]  # its Hugging Face config; empty before the first checkpoint
@@ -111,6 +113,7 @@ class Run:
             training=lines.get("train", ()),
             evaluations=lines.get("validation", ()),
             conflicts=lines.get("conflict", ()),
+            bad_steps=lines.get("bad_step", ()),
             evaluated_alone=evaluated_alone[-1] if evaluated_alone else None,
             starts=tuple(Start.of(line) for line in files[STARTS_FILE].objects),
             model=read_json_object(folder / _MODEL) or {},
@@ -175,7 +178,8 @@ def _lines(path: Path, found: JsonLines) -> dict[str, tuple[Line, ...]]:
     for number, content in enumerate(found.objects, start=1):
         try:
             figures = {str(name): _number(value) for name, value in content["metrics"].items()}
-            splits.setdefault(str(content["split"]), []).append(Line(int(content["iteration"]), figures))
+            line = Line(int(content["iteration"]), figures, str(content.get("reason", "")))
+            splits.setdefault(str(content["split"]), []).append(line)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReportError(f"{path}, line {number}: not a line of metrics ({error!r})") from error
     return {split: tuple(sorted(lines, key=lambda line: line.step)) for split, lines in splits.items()}

@@ -1,6 +1,6 @@
 """What a run comes to, in words and a few figures: for the head of the page and for the model card."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,8 @@ import numpy as np
 from megatron_amopo.report.prepared import PreparedData
 from megatron_amopo.report.run import Line, Run, Series
 from megatron_amopo.report.words import as_text, change, objective_in_words, wilson_interval
+
+_NAMED = 5  # bad steps that a warning lists
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,15 @@ def warnings(run: Run) -> list[str]:
     if run.not_finite is not None:
         name, step = run.not_finite
         found.append(f"{name} isn't a finite number at step {step:,}; the figures after it may mean nothing.")
+    if run.bad_steps:
+        found.append(_bad_steps(run.bad_steps))
     if run.total_steps is not None and run.last_step < run.total_steps:
         found.append(f"This run is unfinished: step {run.last_step:,} of {run.total_steps:,}.")
     return found
+
+
+def _bad_steps(lines: Sequence[Line]) -> str:
+    found = {line.step: line.reason for line in lines}  # a step that a resumed run met again counts once
+    named = ", ".join(f"{step:,} ({reason or 'no reason recorded'})" for step, reason in list(found.items())[:_NAMED])
+    left = f" and {len(found) - _NAMED:,} more" if len(found) > _NAMED else ""
+    return f"{len(found):,} bad step{'s' * (len(found) > 1)} left the weights as they were: {named}{left}."

@@ -6,10 +6,12 @@ contradict it are refused, as is everything that this project has not been shown
 """
 
 import argparse
+import hashlib
+import json
 import math
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,8 @@ class RunConfig:
     hf_folder: Path  # config and tokenizer, beside the checkpoint
     export_hf: Path | None
     data_sha256: str
-    precision: str  # that the model computes in: float32 or bfloat16
+    model_config_sha256: str  # of what config.json says of the model, beside its weights
+    precision: str  # that the model computes in: float32, bfloat16 or FP8 by its recipe
     reference_cache: Path | None
     reference: ReferenceLogps | None = (
         None  # that a resumed run began with; a new run finds its own when it has weights
@@ -195,12 +198,13 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     check_attention(args)
     check_outputs(args, checkpoint)
     check_room(args, hf_config)
-    check_export(args)
     groups = PreparedGroups.open(args.amopo_data, "train", _dimension_names(args))
     scored = [name for name in groups.manifest.dimensions if name != GENERAL]
     objective = read_objective(args, groups.dimensions, scored, groups.manifest.rewards)
     check_reference_flags(args, objective)
     validation = open_validation(args.amopo_data, groups.dimensions)
+    if args.amopo_dump_logps is not None and validation is None:
+        raise ConfigError("--amopo-dump-logps is written at evaluation, and the data has no validation part")
     check_tokenizer(groups.manifest, args.amopo_data, hf_folder, args.vocab_size)
     limit = longest_sequence(hf_config)
     check_data(groups, limit)
@@ -214,7 +218,8 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     observers = read_observers(args, groups.dimensions, scored, has_validation=validation is not None)
     if args.amopo_max_tokens_per_micro_batch is not None:
         _set_micro_batch_sizes(args, groups, validation, num_samples, data_parallel_size)
-    check_schedule(args, data_parallel_size)
+    check_schedule(args, data_parallel_size, has_validation=validation is not None)
+    check_export(args)
     prepare_async_save(args)
     try:
         validate_args(args)
@@ -248,10 +253,21 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         hf_folder=hf_folder if hf_start is None else hf_start.entry / "hf",
         export_hf=args.amopo_export_hf,
         data_sha256=groups.manifest.data_sha256,
-        precision="bfloat16" if args.bf16 else "float32",
+        model_config_sha256=_sha256((shape, rope_scaling(hf_config))),
+        precision=_precision(args),
         reference_cache=args.amopo_reference_cache,
     )
     return args, config
+
+
+def _precision(args: argparse.Namespace) -> str:
+    if args.fp8 is not None:
+        return f"fp8-{args.fp8_recipe}-{args.fp8}"
+    return "bfloat16" if args.bf16 else "float32"
+
+
+def _sha256(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=asdict).encode()).hexdigest()
 
 
 def _seed(args: argparse.Namespace) -> int:

@@ -91,7 +91,9 @@ def check_before(args: argparse.Namespace) -> None:
 def schedule_of(args: argparse.Namespace) -> Schedule:
     """What Megatron's pipeline schedule can make a step of, in training as in evaluation."""
     pp, virtual = args.pipeline_model_parallel_size, args.num_virtual_stages_per_pipeline_rank
-    if virtual is None and args.num_layers_per_virtual_pipeline_stage is not None:
+    if args.pipeline_model_parallel_layout is not None:
+        virtual = _stages_by_hand(args.pipeline_model_parallel_layout) // pp
+    elif virtual is None and args.num_layers_per_virtual_pipeline_stage is not None:
         ends = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
         virtual = (args.num_layers + ends) // pp // args.num_layers_per_virtual_pipeline_stage
     if virtual in (None, 1):
@@ -99,7 +101,16 @@ def schedule_of(args: argparse.Namespace) -> Schedule:
     return Schedule(args.microbatch_group_size_per_vp_stage or pp, pp)
 
 
-def check_schedule(args: argparse.Namespace, dp: int) -> None:
+def _stages_by_hand(layout: str) -> int:
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    try:
+        return PipelineParallelLayerLayout.get_num_stages_from_str(layout)
+    except AssertionError as error:
+        raise ConfigError(f"--pipeline-model-parallel-layout {layout}: {error}") from error
+
+
+def check_schedule(args: argparse.Namespace, dp: int, *, has_validation: bool) -> None:
     """Whether the numbers of micro-batches of training and evaluation can be scheduled, once all sizes are known."""
     schedule = schedule_of(args)
     if schedule == Schedule():
@@ -110,8 +121,9 @@ def check_schedule(args: argparse.Namespace, dp: int) -> None:
             f"--pipeline-model-parallel-size {schedule.stages}"
         )
     sizes = {} if args.skip_train else {"--global-batch-size": (args.global_batch_size, args.micro_batch_size)}
-    evaluated = args.eval_global_batch_size or args.global_batch_size
-    sizes["--eval-global-batch-size"] = evaluated, args.eval_micro_batch_size or args.micro_batch_size
+    if has_validation:
+        evaluated = args.eval_global_batch_size or args.global_batch_size
+        sizes["--eval-global-batch-size"] = evaluated, args.eval_micro_batch_size or args.micro_batch_size
     for flag, (records, micro_batch) in sizes.items():
         num_micro_batches = records // (micro_batch * dp)
         if not schedule.takes(num_micro_batches):

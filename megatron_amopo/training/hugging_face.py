@@ -7,6 +7,7 @@ the last step's weights.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ from megatron_amopo.checkpoint.import_cache import (
 )
 from megatron_amopo.checkpoint.iterations import holds_checkpoint
 from megatron_amopo.errors import AmopoError, CheckpointError, ConfigError
+from megatron_amopo.files import write_whole
+
+#: In the ``--save`` folder: which folder was exported to, and which step. Written before that folder appears, all at
+#: once and whole; so a start after the end, or after a kill just before it, knows the folder for its own.
+EXPORTED = "exported.json"
 
 
 def add_hugging_face_arguments(group: argparse._ArgumentGroup) -> None:
@@ -43,7 +49,8 @@ def add_hugging_face_arguments(group: argparse._ArgumentGroup) -> None:
         "--amopo-export-hf",
         type=Path,
         metavar="DIR",
-        help="after the last step, write the weights as a Hugging Face folder; must not exist",
+        help="after the last step, write the weights as a Hugging Face folder, which must not exist, unless this run's "
+        "last step was exported to it before",
     )
 
 
@@ -105,7 +112,8 @@ def find_hf_start(args: argparse.Namespace) -> HfStart | None:
 
 
 def check_export(args: argparse.Namespace) -> None:
-    """Whether a run can leave a Hugging Face folder where ``--amopo-export-hf`` says, told before it starts.
+    """Whether a run can leave a Hugging Face folder where ``--amopo-export-hf`` says, told before it starts, once the
+    number of its last step is known. The same command after the end is no error: its export is there.
 
     Raises:
         ConfigError: naming the flag.
@@ -117,33 +125,55 @@ def check_export(args: argparse.Namespace) -> None:
         raise ConfigError("--amopo-export-hf with --skip-train: nothing would be trained")
     if args.save is None:
         raise ConfigError("--amopo-export-hf needs --save: the last step's checkpoint is what is exported")
-    if target.exists():
+    last_step = args.train_iters or args.train_samples // args.global_batch_size
+    if target.exists() and not _is_exported(target, Path(args.save), last_step):
         raise ConfigError(f"--amopo-export-hf {target} exists already; name another folder, or remove it")
     inner, outer = target.resolve(), Path(args.save).resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise ConfigError(f"--amopo-export-hf {target} and --save {args.save}: neither may hold the other")
 
 
+def _exported(target: Path, step: int) -> dict[str, str | int]:
+    return {"folder": str(target.resolve()), "step": step}
+
+
+def _is_exported(target: Path, save: Path, step: int) -> bool:
+    if _saved_step(save) != str(step):
+        return False
+    try:
+        return bool(json.loads((save / EXPORTED).read_text(encoding="utf-8")) == _exported(target, step))
+    except (OSError, ValueError):
+        return False
+
+
+def _saved_step(save: Path) -> str:
+    tracker = save / TRACKER
+    return tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else "none"
+
+
 def export_last_step(target: Path, save: Path, train_iters: int) -> None:
     """Write the weights of the last step as a Hugging Face folder; says so where the run ended before.
 
     Args:
-        target: new folder.
+        target: new folder, or that of a former call.
         save: the run's checkpoints.
         train_iters: the number of the last step.
 
     Raises:
         CheckpointError: naming the command that does it by hand. The checkpoint stays as it is.
     """
-    tracker = save / TRACKER
-    saved = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else "none"
+    saved = _saved_step(save)
     if saved != str(train_iters):
         print(f"> not exported to {target}: the last step is {train_iters}, the last saved {saved}", flush=True)
+        return
+    if target.exists() and _is_exported(target, save, train_iters):
+        print(f"> exported already: step {train_iters} to {target}", flush=True)
         return
     rescue = (
         f"the checkpoint of step {train_iters} is whole; export it by hand: "
         f"tools/convert_checkpoint.py megatron-to-hf {save} {target}"
     )
+    write_whole(save / EXPORTED, json.dumps(_exported(target, train_iters)))
     try:
         done = megatron_to_hf(save, target, iteration=train_iters, progress=True)
     except AmopoError as error:

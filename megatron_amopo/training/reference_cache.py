@@ -126,7 +126,9 @@ def check_named_cache(config: "RunConfig") -> None:
 
 def wanted_identity(config: "RunConfig", weights: str) -> ReferenceIdentity:
     """What a new run wants that starts from weights of this fingerprint."""
-    return ReferenceIdentity(weights, config.data_sha256, config.precision, config.dimensions)
+    return ReferenceIdentity(
+        weights, config.model_config_sha256, config.data_sha256, config.precision, config.dimensions
+    )
 
 
 def _place_beside_data(config: "RunConfig") -> Path:

@@ -51,6 +51,7 @@ UNSUPPORTED = (
     Unsupported(
         "overlap_param_gather_with_optimizer_step", False, "--overlap-param-gather-with-optimizer-step", _UNTRIED
     ),
+    Unsupported("num_distributed_optimizer_instances", 1, "--num-distributed-optimizer-instances", _UNTRIED),
     Unsupported("use_megatron_fsdp", False, "--use-megatron-fsdp", _HEAD),
     Unsupported("use_torch_fsdp2", False, "--use-torch-fsdp2", _HEAD),
     Unsupported("defer_embedding_wgrad_compute", False, "--defer-embedding-wgrad-compute", _HEAD),

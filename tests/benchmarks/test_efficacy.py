@@ -26,10 +26,11 @@ from benchmarks.efficacy.arms import (
     START,
     STEPS,
     TUNING_SEED,
+    Arrow,
     grid,
 )
-from benchmarks.efficacy.outcomes import ARM_NAMES, Study, verdicts
-from benchmarks.efficacy.report import write_report
+from benchmarks.efficacy.outcomes import ARM_NAMES, Outcomes, Study, verdicts
+from benchmarks.efficacy.report import _further, write_report
 from benchmarks.efficacy.runs import chosen_setting, digits, from_digits, keep, run_file, settings, tuning_file
 from benchmarks.efficacy.schedule import Job, Seconds, all_jobs, claim_folder, work
 from benchmarks.efficacy.statistics import estimate, holm, hypervolume
@@ -296,6 +297,7 @@ def _write_runs(output, seeds, sizes, lifts, names=ARM_NAMES):
             "asked": digits(scores(3, 5, 10, 3)),
             "examples": ["…"],
             "seconds": 20.0,
+            "code": "abcdef",
         }
         if arm != START:
             setting = grid(BY_NAME[BY_NAME[arm].tunes_as])[0]
@@ -324,7 +326,43 @@ def test_verdicts_follow_the_runs(tmp_path):
     difference = study.difference(ARROWS[0], lambda run: run.mean, ["small", "large"])
     assert difference.mean == pytest.approx(0.5, abs=0.1)
     assert difference.number == len(SEEDS)  # a seed counts once, whatever its sizes
-    assert study.runs["small", AMOPO, 0].wins_against(study.runs["small", AMOPO, 0]) == 0.5
+
+
+def _outcomes(general):
+    return Outcomes({"general": digits(np.array(general, np.int8))})
+
+
+def test_a_win_is_a_higher_total_and_a_tie_half_of_one():
+    ours, theirs = (
+        _outcomes([[5, 1, 3], [2, 2, 2], [1, 1, 5], [1, 1, 1]]),
+        _outcomes([[1, 1, 1], [2, 2, 2], [1, 1, 3], [5, 5, 5]]),
+    )
+    assert (ours.wins_against(theirs), theirs.wins_against(ours)) == (0.625, 0.375)
+    assert ours.worst == pytest.approx(5 / 4)
+    assert ours.mean == pytest.approx(25 / 12)
+
+
+def test_differences_are_taken_within_seeds():
+    """Seeds differ by points, arms by one point under each: no width is left."""
+    runs = {
+        ("small", arm, seed): _outcomes(np.full((4, 3), 1 + seed % 3 + lift))
+        for seed in SEEDS
+        for arm, lift in ((AMOPO, 1), (SIMPO, 0))
+    }
+    study = Study(runs)
+    found = study.difference(Arrow(AMOPO, SIMPO), lambda run: run.mean, ["small"])
+    assert (found.mean, found.low, found.high) == pytest.approx((1.0, 1.0, 1.0))
+    wins = study.wins("small", AMOPO, SIMPO)
+    assert (wins.mean, wins.low, wins.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_half_a_size_stays_out_of_a_whole_one(tmp_path):
+    """Its first seeds, while it runs, don't thin the other size's differences."""
+    _write_runs(tmp_path, SEEDS, ["small"], {AMOPO: 0.5})
+    _write_runs(tmp_path, SEEDS[:1], ["large"], {AMOPO: 0.5})
+    (row,) = (line for line in _further(Study.load(tmp_path)).splitlines() if line.startswith("| AMoPO − SFT"))
+    assert "| small |" in row
+    assert "one seed" not in row
 
 
 def test_no_verdict_before_all_planned_runs(tmp_path):

@@ -19,10 +19,8 @@ def test_deal_keeps_everything_and_evens_out(bins, seed):
     dealt = deal(tokens, bins)
     assert sorted(itertools.chain(*dealt)) == list(range(24))
     assert all(items == sorted(items) and items for items in dealt)
-    # Graham's bound for longest-first, against the two lower bounds of the optimum.
-    optimum = max(tokens.sum() / bins, tokens.max())
-    fullest = max(sums(tokens, dealt))
-    assert fullest <= (4 / 3 - 1 / (3 * bins)) * optimum + 1e-9 or fullest - min(sums(tokens, dealt)) <= tokens.max()
+    # Against the optimum's two lower bounds; the exchanges end well below Graham's 4/3 - 1/(3 bins) for longest-first.
+    assert max(sums(tokens, dealt)) <= 1.03 * max(tokens.sum() / bins, tokens.max())
     assert deal(tokens, bins) == dealt
 
 

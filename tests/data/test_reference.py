@@ -20,7 +20,7 @@ def manifest(tmp_path_factory):
 
 @pytest.fixture
 def written(manifest, tmp_path):
-    identity = ReferenceIdentity("0123456789abcdef", manifest.data_sha256, "float32", NAMES)
+    identity = ReferenceIdentity("0123456789abcdef", "c" * 64, manifest.data_sha256, "float32", NAMES)
     rng = np.random.default_rng(0)
     logps = {split: -rng.random((count, 3, 2), np.float32) for split, count in (("train", 5), ("validation", 2))}
     folder = tmp_path / "reference"
@@ -48,6 +48,7 @@ def test_what_may_stand_for_what(written):
     assert identity.why_not(replace(identity, dimensions=("quality_1", "general"))) is None
     for change, message in (
         ({"weights": "f" * 16}, "other weights (weights 0123456789abcdef, this run's ffffffffffffffff)"),
+        ({"model_config_sha256": "f" * 64}, "another config.json (model_config cccccccccccccccc, this run's ffff"),
         ({"data_sha256": "f" * 64}, "other data (data "),
         ({"precision": "bfloat16"}, "was computed in float32, this run computes in bfloat16"),
         ({"dimensions": ("general", "beauty")}, "lacks dimension(s) beauty; it has general, quality_1, quality_2"),
@@ -79,9 +80,9 @@ def damage(folder, what):
         ("double", "train.npy is damaged or missing (it holds float64)"),
         ("{", "reference.json says nothing of reference log-probabilities"),
         ("[]", "reference.json says nothing of reference log-probabilities"),
-        ('{"format_version": 2}', "reference.json has format 2"),
-        ('{"format_version": 1, "weights": "a", "data_sha256": "b", "precision": 3, "dimensions": []}', "says nothing"),
-        ('{"format_version": 1, "weights": "a", "data_sha256": "b"}', "says nothing"),
+        ('{"format_version": 1}', "reference.json has format 1, this version of megatron-amopo reads 2; remove"),
+        ('{"format_version": 2, "weights": "a", "data_sha256": "b", "precision": 3, "dimensions": []}', "says nothing"),
+        ('{"format_version": 2, "weights": "a", "data_sha256": "b"}', "says nothing"),
     ],
 )
 def test_damage_is_named(written, manifest, what, message):

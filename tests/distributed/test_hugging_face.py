@@ -85,6 +85,10 @@ def test_from_one_folder_to_another(ranks, workplace, tmp_path):
     (both,) = ranks.run(compare_logits, 1, aligned, save)  # vocabulary padded for two ranks, loaded by one
     assert both.within(1e-6)
 
+    ended = ranks.run(command, 2, start(workplace, cache, *run))
+    assert [code for code, _, _ in ended] == [0, 0]
+    assert f"> exported already: step 4 to {aligned}" in ended[0][1]
+
     # A run that is complete exports again; a failed export leaves its checkpoint alone and says how to go on.
     aligned.rename(tmp_path / "before")
     record = (save / "hf" / "weights.json").rename(tmp_path / "weights.json")

@@ -181,7 +181,7 @@ def test_resume_reads_what_the_run_began_with(ranks, place, tmp_path):
     assert runs["resumed"].weights.keys() == runs["straight"].weights.keys()
     assert all(torch.equal(runs["resumed"].weights[name], tensor) for name, tensor in runs["straight"].weights.items())
     recorded = json.loads((tmp_path / "resumed" / "run.json").read_text())["reference"]
-    assert recorded | {"format_version": 1} == json.loads((entry / "reference.json").read_text())
+    assert recorded | {"format_version": 2} == json.loads((entry / "reference.json").read_text())
 
     gone = entry.rename(tmp_path / "gone")
     again = flags(place, "--save", str(save), "--load", str(save), "--train-iters", "4")
@@ -226,8 +226,12 @@ def test_another_checkpoint_or_other_data_is_refused(ranks, place, one_rank, oth
 
     make_data(tmp_path / "data", random_scores=True, seed=8)
     changed = replace(place, data=tmp_path / "data")
+    shutil.copytree(place.mcore, tmp_path / "mcore")
+    config = json.loads((place.mcore / "hf" / "config.json").read_text())
+    (tmp_path / "mcore" / "hf" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     for where, extra, message in (
         (changed, [], "is of other data (data "),
+        (replace(place, mcore=tmp_path / "mcore"), [], "is of another config.json (model_config "),
         (place, ["--bf16"], "was computed in float32, this run computes in bfloat16"),
     ):
         code, printed, said = ranks.run(command, 1, flags(where, *base, *extra))[0]

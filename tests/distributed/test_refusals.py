@@ -167,6 +167,16 @@ FLAGS = {
         "--global-batch-size 4 makes 1 micro-batch(es) of 1 on 4 data-parallel rank(s); interleaved pipeline stages "
         "take them in groups of 2, the last of 2 or more",
     ),
+    "interleaved, by hand": (
+        ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Et|t|t|tL"],
+        8,
+        "--global-batch-size 4 makes 1 micro-batch(es) of 1 on 4 data-parallel rank(s); interleaved pipeline stages",
+    ),
+    "stages of unknown letters": (
+        ["--pipeline-model-parallel-size", "2", "--pipeline-model-parallel-layout", "Ex|t|t|tL"],
+        2,
+        "--pipeline-model-parallel-layout Ex|t|t|tL: Invalid layer character: x",
+    ),
     "interleaved, evaluation": (
         [*PP2_VPP2, "--eval-micro-batch-size", "4"],
         2,
@@ -247,9 +257,22 @@ def test_hugging_face_folders_at_both_ends(ranks, workplace, tmp_path):
         ([*start, *save, *export, "--skip-train"], "--amopo-export-hf with --skip-train"),
         ([*start, *save, *export], ""),
     ]:
-        assert ranks.run(refusal, 1, [*data, *cache, *flags, *BASE])[0].startswith(message)
+        said = ranks.run(refusal, 1, [*data, *cache, *flags, *BASE])[0]
+        assert said.startswith(message) if message else said == ""
         (tmp_path / "aligned").rmdir() if (tmp_path / "aligned").exists() else None
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_needs_a_validation_part(ranks, workplace, tmp_path):
+    make_data(tmp_path / "data", train=8, validation=0)
+    base = ["--amopo-data", str(tmp_path / "data"), "--pretrained-checkpoint", str(workplace.mcore), *BASE]
+    for extra, message in [
+        (["--amopo-dump-logps", str(tmp_path / "logps.jsonl")], "--amopo-dump-logps is written at evaluation, and"),
+        (["--amopo-leakage"], "--amopo-leakage is measured at evaluation, and the data has no validation part"),
+    ]:
+        assert ranks.run(refusal, 1, [*base, *extra])[0].startswith(message)
+    # With it, too few micro-batches for the interleaved stages: the case "interleaved, evaluation" above.
+    assert ranks.run(refusal, 1, [*base, *PP2_VPP2, "--eval-micro-batch-size", "4"], world_size=2)[0] == ""
 
 
 def test_half_a_checkpoint(ranks, workplace, tmp_path):

@@ -162,6 +162,16 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     assert "NaN" in text
 
 
+def test_bad_steps_are_not_overlooked(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"iteration": step, "split": "bad_step", "metrics": {"loss": None}} for step in (3, 4, 3, 9, 10, 11, 12)]
+    told = [{**line, "reason": f"reason {line['iteration']}"} for line in lines]
+    path.write_text(path.read_text() + "".join(json.dumps(line) + "\n" for line in told))
+    named = ", ".join(f"{step} (reason {step})" for step in (3, 4, 9, 10, 11))
+    assert f"6 bad steps left the weights as they were: {named} and 1 more." in text_of(render_page(tmp_path))
+
+
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     write_run(tmp_path)
     path = tmp_path / "metrics.jsonl"

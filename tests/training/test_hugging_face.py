@@ -16,7 +16,7 @@ from megatron_amopo.training.hugging_face import check_export, export_last_step,
 def arguments(**given: Any) -> argparse.Namespace:
     """Megatron's argument namespace, as far as it matters here."""
     names = ["amopo_hf_model", "amopo_hf_cache", "amopo_export_hf", "pretrained_checkpoint", "load", "save"]
-    return argparse.Namespace(**{**dict.fromkeys(names), "skip_train": False, **given})
+    return argparse.Namespace(**{**dict.fromkeys(names), "skip_train": False, "train_iters": 4, **given})
 
 
 @pytest.fixture
@@ -79,6 +79,26 @@ def test_what_can_not_be_exported(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             check_export(arguments(**given))
+
+
+def test_the_same_command_after_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It finds its own export; another folder, another last step or a save folder without the step is no such end."""
+    save, target = checkpoint(tmp_path / "run", "4"), tmp_path / "aligned"
+    given = {"amopo_export_hf": target, "save": str(save)}
+    with pytest.raises(CheckpointError):  # of a step whose folder is missing: what is tried is written first
+        export_last_step(target, save, 4)
+    target.mkdir()
+    check_export(arguments(**given))
+    check_export(arguments(**given, train_iters=None, train_samples=33, global_batch_size=8))
+    export_last_step(target, save, 4)
+    assert f"exported already: step 4 to {target}" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    for change in ({"amopo_export_hf": tmp_path / "other"}, {"train_iters": 5}):
+        with pytest.raises(ConfigError, match="exists already"):
+            check_export(arguments(**{**given, **change}))
+    (save / TRACKER).unlink()
+    with pytest.raises(ConfigError, match="aligned exists already"):
+        check_export(arguments(**given))
 
 
 def test_nothing_is_exported_before_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
