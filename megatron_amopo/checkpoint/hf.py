@@ -173,9 +173,8 @@ def _no_weights(path: Path) -> str:
     for name in (_PICKLED.weights, _PICKLED.index):
         if (path / name).is_file():
             return (
-                f"{path / name}: pickled weights are read only by tools/convert_checkpoint.py hf-to-megatron with "
-                "--allow-pickle; or load the folder with transformers and save it again (save_pretrained writes "
-                "safetensors)"
+                f"{path / name}: pickled weights are read only by tools/convert_checkpoint.py, with --allow-pickle; or "
+                "load the folder with transformers and save it again (save_pretrained writes safetensors)"
             )
     for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf"):
         for other in sorted(path.glob(pattern)):

@@ -23,6 +23,10 @@ FORMAT_VERSION = 2
 REFERENCE_FILE = "reference.json"
 
 
+class OtherFormat(DataError):
+    """Reference log-probabilities that this version doesn't read."""
+
+
 @dataclass(frozen=True)
 class ReferenceIdentity:
     """What reference log-probabilities depend on. The layout that computed them changes their rounding alone."""
@@ -30,7 +34,7 @@ class ReferenceIdentity:
     weights: str  # fingerprint of model/fingerprint.py
     model_config_sha256: str  # of what config.json says beside the weights: norms, rotary embedding, heads
     data_sha256: str  # of the data's manifest
-    precision: str  # that the model computed in: float32, bfloat16 or fp8-RECIPE-FORMAT
+    precision: str  # that the model computed in: float32, bfloat16 or fp8-RECIPE
     dimensions: tuple[str, ...]
 
     def why_not(self, wanted: "ReferenceIdentity") -> str | None:
@@ -123,13 +127,14 @@ def read_identity(folder: Path) -> ReferenceIdentity:
     """What the numbers in ``folder`` are of.
 
     Raises:
+        OtherFormat: another version of this project wrote it.
         DataError: ``reference.json`` can't be read or understood.
     """
     path = folder / REFERENCE_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
-            raise DataError(
+            raise OtherFormat(
                 f"{path} has format {content['format_version']}, this version of megatron-amopo reads "
                 f"{FORMAT_VERSION}; remove {folder}, and a new run computes it again"
             )

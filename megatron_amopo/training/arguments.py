@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from megatron_amopo.errors import ConfigError
 from megatron_amopo.model.attention import AUTO, BACKENDS
 from megatron_amopo.model.builder import ModelShape
 from megatron_amopo.model.logprobs import DEFAULT_BUFFER_BYTES
+from megatron_amopo.model.rotary import Llama3Scaling
 from megatron_amopo.objectives import ObjectiveConfig
 from megatron_amopo.training.checks import (
     check_attention,
@@ -43,7 +44,7 @@ from megatron_amopo.training.checks import (
     check_tokenizer,
     schedule_of,
 )
-from megatron_amopo.training.fp8 import check_fp8
+from megatron_amopo.training.fp8 import check_fp8, precision_of
 from megatron_amopo.training.hugging_face import HfStart, add_hugging_face_arguments, check_export, find_hf_start
 from megatron_amopo.training.machine import check_machine
 from megatron_amopo.training.objective_arguments import add_objective_arguments, read_objective
@@ -76,6 +77,9 @@ DEFAULTS: dict[str, Any] = {
     "no_load_rng": False,
 }
 
+#: What config.json says that no log-probability depends on.
+_NOT_COMPUTED_WITH = ("init_method_std", "max_position_embeddings")
+
 #: An interval, in steps, that no run reaches.
 NEVER = 10**9
 
@@ -106,7 +110,7 @@ class RunConfig:
     export_hf: Path | None
     data_sha256: str
     model_config_sha256: str  # of what config.json says of the model, beside its weights
-    precision: str  # that the model computes in: float32, bfloat16 or FP8 by its recipe
+    precision: str  # that the model computes in: float32, bfloat16 or FP8 by its recipe (fp8.py)
     reference_cache: Path | None
     reference: ReferenceLogps | None = (
         None  # that a resumed run began with; a new run finds its own when it has weights
@@ -253,20 +257,16 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         hf_folder=hf_folder if hf_start is None else hf_start.entry / "hf",
         export_hf=args.amopo_export_hf,
         data_sha256=groups.manifest.data_sha256,
-        model_config_sha256=_sha256((shape, rope_scaling(hf_config))),
-        precision=_precision(args),
+        model_config_sha256=_sha256_of_config(shape, rope_scaling(hf_config)),
+        precision=precision_of(args),
         reference_cache=args.amopo_reference_cache,
     )
     return args, config
 
 
-def _precision(args: argparse.Namespace) -> str:
-    if args.fp8 is not None:
-        return f"fp8-{args.fp8_recipe}-{args.fp8}"
-    return "bfloat16" if args.bf16 else "float32"
-
-
-def _sha256(values: Any) -> str:
+def _sha256_of_config(shape: Mapping[str, Any], scaling: Llama3Scaling | None) -> str:
+    computed = {name: value for name, value in shape.items() if name not in _NOT_COMPUTED_WITH}
+    values = (computed, scaling)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=asdict).encode()).hexdigest()
 
 

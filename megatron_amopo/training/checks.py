@@ -96,7 +96,7 @@ def schedule_of(args: argparse.Namespace) -> Schedule:
     elif virtual is None and args.num_layers_per_virtual_pipeline_stage is not None:
         ends = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
         virtual = (args.num_layers + ends) // pp // args.num_layers_per_virtual_pipeline_stage
-    if virtual in (None, 1):
+    if virtual is None or virtual < 2:  # 0: too few stages, which Megatron refuses
         return Schedule()
     return Schedule(args.microbatch_group_size_per_vp_stage or pp, pp)
 

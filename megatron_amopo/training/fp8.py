@@ -65,6 +65,17 @@ def check_fp8(args: argparse.Namespace) -> None:
     _check_weights(args)
 
 
+def precision_of(args: argparse.Namespace) -> str:
+    """What the forward pass is computed in, in a word: float32, bfloat16 or fp8-RECIPE, with the numbers of first and
+    last layers that stay in bfloat16. Both formats have e4m3 in the forward pass.
+    """
+    if args.fp8 is None:
+        return "bfloat16" if args.bf16 else "float32"
+    if not args.first_last_layers_bf16:
+        return f"fp8-{args.fp8_recipe}"
+    return f"fp8-{args.fp8_recipe}-bf16-{args.num_layers_at_start_in_bf16}-{args.num_layers_at_end_in_bf16}"
+
+
 def _check_weights(args: argparse.Namespace) -> None:
     """Whether each rank's part of every weight matrix is aligned."""
     tp, multiple = args.tensor_model_parallel_size, ALIGNMENT[args.fp8_recipe]

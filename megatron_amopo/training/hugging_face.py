@@ -7,7 +7,6 @@ the last step's weights.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,8 @@ from megatron_amopo.checkpoint.import_cache import (
     import_once,
 )
 from megatron_amopo.checkpoint.iterations import holds_checkpoint
+from megatron_amopo.checkpoint.verify import verify
 from megatron_amopo.errors import AmopoError, CheckpointError, ConfigError
-from megatron_amopo.files import write_whole
-
-#: In the ``--save`` folder: which folder was exported to, and which step. Written before that folder appears, all at
-#: once and whole; so a start after the end, or after a kill just before it, knows the folder for its own.
-EXPORTED = "exported.json"
 
 
 def add_hugging_face_arguments(group: argparse._ArgumentGroup) -> None:
@@ -49,8 +44,8 @@ def add_hugging_face_arguments(group: argparse._ArgumentGroup) -> None:
         "--amopo-export-hf",
         type=Path,
         metavar="DIR",
-        help="after the last step, write the weights as a Hugging Face folder, which must not exist, unless this run's "
-        "last step was exported to it before",
+        help="after the last step, write the weights as a Hugging Face folder, which must not exist, unless it holds "
+        "just these weights",
     )
 
 
@@ -113,7 +108,8 @@ def find_hf_start(args: argparse.Namespace) -> HfStart | None:
 
 def check_export(args: argparse.Namespace) -> None:
     """Whether a run can leave a Hugging Face folder where ``--amopo-export-hf`` says, told before it starts, once the
-    number of its last step is known. The same command after the end is no error: its export is there.
+    number of its last step is known. The same command after the end is no error, as its export is there: whether it is
+    just that, :func:`export_last_step` sees.
 
     Raises:
         ConfigError: naming the flag.
@@ -125,25 +121,19 @@ def check_export(args: argparse.Namespace) -> None:
         raise ConfigError("--amopo-export-hf with --skip-train: nothing would be trained")
     if args.save is None:
         raise ConfigError("--amopo-export-hf needs --save: the last step's checkpoint is what is exported")
-    last_step = args.train_iters or args.train_samples // args.global_batch_size
-    if target.exists() and not _is_exported(target, Path(args.save), last_step):
+    if target.exists() and not _has_ended(args):
         raise ConfigError(f"--amopo-export-hf {target} exists already; name another folder, or remove it")
     inner, outer = target.resolve(), Path(args.save).resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise ConfigError(f"--amopo-export-hf {target} and --save {args.save}: neither may hold the other")
 
 
-def _exported(target: Path, step: int) -> dict[str, str | int]:
-    return {"folder": str(target.resolve()), "step": step}
-
-
-def _is_exported(target: Path, save: Path, step: int) -> bool:
-    if _saved_step(save) != str(step):
+def _has_ended(args: argparse.Namespace) -> bool:
+    """Whether the run's last step is the newest in its folder, and this start goes on from there."""
+    if args.load is None or args.finetune or args.ckpt_step is not None or not Path(args.load).is_dir():
         return False
-    try:
-        return bool(json.loads((save / EXPORTED).read_text(encoding="utf-8")) == _exported(target, step))
-    except (OSError, ValueError):
-        return False
+    steps = args.train_samples // args.global_batch_size if args.train_iters is None else args.train_iters
+    return Path(args.load).samefile(args.save) and _saved_step(Path(args.save)) == str(steps)
 
 
 def _saved_step(save: Path) -> str:
@@ -155,7 +145,7 @@ def export_last_step(target: Path, save: Path, train_iters: int) -> None:
     """Write the weights of the last step as a Hugging Face folder; says so where the run ended before.
 
     Args:
-        target: new folder, or that of a former call.
+        target: new folder, or one that holds just these weights, as a former call leaves it.
         save: the run's checkpoints.
         train_iters: the number of the last step.
 
@@ -166,14 +156,13 @@ def export_last_step(target: Path, save: Path, train_iters: int) -> None:
     if saved != str(train_iters):
         print(f"> not exported to {target}: the last step is {train_iters}, the last saved {saved}", flush=True)
         return
-    if target.exists() and _is_exported(target, save, train_iters):
-        print(f"> exported already: step {train_iters} to {target}", flush=True)
+    if target.exists():
+        _check_exported(target, save, train_iters)
         return
     rescue = (
         f"the checkpoint of step {train_iters} is whole; export it by hand: "
         f"tools/convert_checkpoint.py megatron-to-hf {save} {target}"
     )
-    write_whole(save / EXPORTED, json.dumps(_exported(target, train_iters)))
     try:
         done = megatron_to_hf(save, target, iteration=train_iters, progress=True)
     except AmopoError as error:
@@ -185,3 +174,20 @@ def export_last_step(target: Path, save: Path, train_iters: int) -> None:
         print(f"> note: {note}")
     size = f"{done.tensors} tensors, {done.nbytes:,} bytes"
     print(f"> exported step {train_iters} to {target}: {size}, {done.seconds:.1f} s", flush=True)
+
+
+def _check_exported(target: Path, save: Path, step: int) -> None:
+    otherwise = (
+        f"step {step} is not exported; remove {target}, or name another folder: "
+        f"tools/convert_checkpoint.py megatron-to-hf {save} OTHER"
+    )
+    try:
+        rows = verify(target, save, iteration=step, progress=True)
+    except AmopoError as error:
+        raise CheckpointError(f"--amopo-export-hf {target} exists: {error}; {otherwise}") from error
+    if differing := [name for row in rows for name in row.differing]:
+        raise CheckpointError(
+            f"--amopo-export-hf {target} holds other weights ({len(differing)} tensors differ, such as "
+            f"{differing[0]}); {otherwise}"
+        )
+    print(f"> exported already: {target} holds the weights of step {step}, bit by bit", flush=True)

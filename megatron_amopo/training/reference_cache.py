@@ -7,13 +7,14 @@ reference. Without the flag they lie beside the data, in ``DATA.reference/``, ea
 """
 
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_amopo.checkpoint.iterations import holds_checkpoint, iteration_folder, tracked
 from megatron_amopo.checkpoint.megatron import RELEASE
 from megatron_amopo.data.manifest import Manifest
-from megatron_amopo.data.reference import ReferenceIdentity, ReferenceLogps, holds_reference, read_identity
+from megatron_amopo.data.reference import OtherFormat, ReferenceIdentity, ReferenceLogps, holds_reference, read_identity
 from megatron_amopo.errors import CheckpointError, ConfigError
 from megatron_amopo.objectives import ObjectiveConfig
 
@@ -73,8 +74,9 @@ def find_reference(config: "RunConfig", wanted: ReferenceIdentity) -> ReferenceL
             )
         return found
     for folder in _beside_data(config):
-        if read_identity(folder).why_not(wanted) is None:
-            return ReferenceLogps.open(folder, manifest)
+        with suppress(OtherFormat):  # left there for the version that reads it
+            if read_identity(folder).why_not(wanted) is None:
+                return ReferenceLogps.open(folder, manifest)
     return None
 
 

@@ -76,6 +76,11 @@ def recorded_reference(folder: Path) -> ReferenceIdentity:
     try:
         return ReferenceIdentity.from_json(json.loads(path.read_text())[_REFERENCE])
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, KeyError) and error.args == ("model_config_sha256",):
+            raise CheckpointError(
+                f"{path} was written by an older version of megatron-amopo, which doesn't say of what config.json its "
+                "reference is; finish the run with that version"
+            ) from error
         raise CheckpointError(
             f"{path} doesn't say which reference model its run began with, and the trained weights are none. Start a "
             "new run from them with --finetune and another --save"

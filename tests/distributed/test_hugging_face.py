@@ -87,7 +87,15 @@ def test_from_one_folder_to_another(ranks, workplace, tmp_path):
 
     ended = ranks.run(command, 2, start(workplace, cache, *run))
     assert [code for code, _, _ in ended] == [0, 0]
-    assert f"> exported already: step 4 to {aligned}" in ended[0][1]
+    assert f"> exported already: {aligned} holds the weights of step 4, bit by bit" in ended[0][1]
+    before = next(aligned.glob("*.safetensors")).read_bytes()
+    next(aligned.glob("*.safetensors")).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    code, _, said = ranks.run(command, 2, start(workplace, cache, *run))[0]
+    assert code == 2
+    assert re.search(
+        rf"--amopo-export-hf {aligned} holds other weights \(1 tensors differ, such as \S+\); step 4", said
+    )
+    next(aligned.glob("*.safetensors")).write_bytes(before)
 
     # A run that is complete exports again; a failed export leaves its checkpoint alone and says how to go on.
     aligned.rename(tmp_path / "before")

@@ -192,6 +192,12 @@ def test_resume_reads_what_the_run_began_with(ranks, place, tmp_path):
     # Wherever they are put, they can be named.
     code, _, said = ranks.run(command, 1, [*again, "--amopo-reference-cache", str(gone)])[0]
     assert code == 0, said
+    record = json.loads((save / "run.json").read_text())
+    del record["reference"]["model_config_sha256"]
+    (save / "run.json").write_text(json.dumps(record))
+    code, _, said = ranks.run(command, 1, [*again, "--amopo-reference-cache", str(gone)])[0]
+    assert code == 2
+    assert "run.json was written by an older version of megatron-amopo" in said
     (save / "run.json").unlink()
     code, _, said = ranks.run(command, 1, [*again, "--amopo-reference-cache", str(gone)])[0]
     assert code == 2
@@ -251,6 +257,9 @@ def test_beside_the_data_each_checkpoint_has_its_own(ranks, place, other, tmp_pa
     entries = sorted(Path(f"{own.data}.reference").iterdir())
     assert len(entries) == 2
     assert not np.array_equal(load(entries[0])["train"], load(entries[1])["train"])
+    older = entries[0].parent / "older"
+    older.mkdir()
+    (older / "reference.json").write_text('{"format_version": 1}')
     for entry in entries:
         (entry / "train.npy").write_bytes((entry / "train.npy").read_bytes()[:-40])
     code, _, said = ranks.run(command, 1, flags(own, "--skip-train"))[0]

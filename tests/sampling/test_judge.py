@@ -233,6 +233,10 @@ def test_an_interruption_ends_a_silent_judge_at_once_and_keeps_grades(tmp_path: 
     signal.signal(signal.SIGINT, before)
     try:
         assert asked.wait(60)
+        # The second question is asked while the first grade is on its way to the file.
+        graded, end = tmp_path / "out.partial", time.monotonic() + 60
+        while not (graded.exists() and len(graded.read_text().splitlines()) == 2) and time.monotonic() < end:
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
         _, said = process.communicate(timeout=15)

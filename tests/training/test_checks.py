@@ -1,4 +1,4 @@
-"""Room for a checkpoint, told before a run starts."""
+"""Room for a checkpoint, and what a pipeline's schedule takes, told before a run starts."""
 
 import shutil
 from argparse import Namespace
@@ -7,8 +7,9 @@ from collections import namedtuple
 import pytest
 
 from megatron_amopo.certification.tiny import tiny_config
+from megatron_amopo.data.planning import Schedule
 from megatron_amopo.errors import CheckpointError, ConfigError
-from megatron_amopo.training.checks import check_outputs, check_room, checkpoint_bytes
+from megatron_amopo.training.checks import check_outputs, check_room, checkpoint_bytes, schedule_of
 from megatron_amopo.training.run_record import _copy_hf_folder
 
 CONFIG = tiny_config(architectures=["Qwen2ForCausalLM"]).to_dict()
@@ -93,3 +94,24 @@ def test_a_models_own_folder_is_not_taken_for_a_runs(tmp_path):
     (linked / "hf").symlink_to(source)
     with pytest.raises(ConfigError, match="--save"):
         check_outputs(outputs(linked), hf)
+
+
+@pytest.mark.parametrize(
+    ("layout", "pp", "schedule"),
+    [
+        ("Et|t|t|tL", 2, Schedule(2, 2)),
+        ("Et|(t|)*2,tL", 2, Schedule(2, 2)),
+        ("Et|t*2,tL", 2, Schedule()),
+        ("Et|tttL", 4, Schedule()),  # too few, which Megatron refuses
+    ],
+)
+def test_stages_by_hand_are_interleaved_where_a_rank_has_several(layout, pp, schedule):
+    """Limits of tokens, evaluations and the FP8 check read this, too."""
+    args = Namespace(
+        pipeline_model_parallel_size=pp,
+        pipeline_model_parallel_layout=layout,
+        num_virtual_stages_per_pipeline_rank=None,
+        num_layers_per_virtual_pipeline_stage=None,
+        microbatch_group_size_per_vp_stage=None,
+    )
+    assert schedule_of(args) == schedule

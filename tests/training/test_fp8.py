@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_amopo.errors import ConfigError
-from megatron_amopo.training.fp8 import ALIGNMENT, check_fp8, token_multiple
+from megatron_amopo.training.fp8 import ALIGNMENT, check_fp8, precision_of, token_multiple
 
 #: Qwen2.5-14B's sizes.
 RUN = {
@@ -41,6 +41,21 @@ def test_every_rank_gets_an_aligned_part(recipe, tp, sp, cp):
 def test_without_fp8_only_the_split_counts():
     assert token_multiple(run(fp8=None)) == 1
     assert token_multiple(run(fp8=None, tensor_model_parallel_size=4, sequence_parallel=True)) == 4
+
+
+def test_precisions_that_differ_have_different_names():
+    """Formats differ in the backward pass alone."""
+    ends = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 2}
+    named = {
+        "float32": {"fp8": None, "bf16": False},
+        "bfloat16": {"fp8": None},
+        "fp8-tensorwise": {},
+        "fp8-blockwise": {"fp8_recipe": "blockwise"},
+        "fp8-tensorwise-bf16-1-2": ends,
+        "fp8-tensorwise-bf16-1-1": {**ends, "num_layers_at_end_in_bf16": 1},
+    }
+    assert [precision_of(run(**changes)) for changes in named.values()] == list(named)
+    assert precision_of(run(fp8="e4m3")) == precision_of(run(fp8="hybrid"))
 
 
 @pytest.mark.parametrize(

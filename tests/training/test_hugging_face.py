@@ -81,24 +81,33 @@ def test_what_can_not_be_exported(tmp_path: Path) -> None:
             check_export(arguments(**given))
 
 
-def test_the_same_command_after_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It finds its own export; another folder, another last step or a save folder without the step is no such end."""
+def test_a_start_after_the_end(tmp_path: Path) -> None:
+    """May find an export, which is compared in the end; any other start must not."""
     save, target = checkpoint(tmp_path / "run", "4"), tmp_path / "aligned"
-    given = {"amopo_export_hf": target, "save": str(save)}
-    with pytest.raises(CheckpointError):  # of a step whose folder is missing: what is tried is written first
-        export_last_step(target, save, 4)
     target.mkdir()
-    check_export(arguments(**given))
-    check_export(arguments(**given, train_iters=None, train_samples=33, global_batch_size=8))
-    export_last_step(target, save, 4)
-    assert f"exported already: step 4 to {target}" in capsys.readouterr().out
-    (tmp_path / "other").mkdir()
-    for change in ({"amopo_export_hf": tmp_path / "other"}, {"train_iters": 5}):
-        with pytest.raises(ConfigError, match="exists already"):
-            check_export(arguments(**{**given, **change}))
-    (save / TRACKER).unlink()
-    with pytest.raises(ConfigError, match="aligned exists already"):
-        check_export(arguments(**given))
+    ended = {"amopo_export_hf": target, "save": str(save), "load": str(save), "finetune": False, "ckpt_step": None}
+    check_export(arguments(**ended))
+    check_export(arguments(**{**ended, "train_iters": None, "train_samples": 33, "global_batch_size": 8}))
+    other = str(checkpoint(tmp_path / "other", "4"))
+    for change in (
+        {"train_iters": 5},
+        {"train_iters": 0},
+        {"ckpt_step": 2},
+        {"load": None},
+        {"load": str(tmp_path / "none")},
+        {"load": other},
+        {"load": other, "finetune": True},
+    ):
+        with pytest.raises(ConfigError, match="aligned exists already"):
+            check_export(arguments(**{**ended, **change}))
+
+
+def test_a_folder_that_is_no_export_of_the_step(tmp_path: Path) -> None:
+    save, target = checkpoint(tmp_path / "run", "4"), tmp_path / "aligned"
+    target.mkdir()
+    with pytest.raises(CheckpointError, match=f"--amopo-export-hf {target} exists: .*step 4 is not exported; remove"):
+        export_last_step(target, save, 4)
+    assert list(target.iterdir()) == []
 
 
 def test_nothing_is_exported_before_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
