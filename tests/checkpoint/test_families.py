@@ -158,6 +158,7 @@ def test_what_is_not_understood_is_refused_by_name(change: dict[str, Any], messa
         ("llama", {"sliding_window": 64}, "sliding_window 64: not understood"),
         ("qwen3", {"attention_bias": True}, "attention_bias True"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window with max_window_layers 2 of 3"),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": "3"}, "max_window_layers '3' is not a positive"),
         ("mistral", {"sliding_window": "wide"}, "sliding_window 'wide' is not a positive whole number"),
         ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types .*not understood"),
     ],
