@@ -81,8 +81,15 @@ def damage(folder, what):
         ("{", "reference.json says nothing of reference log-probabilities"),
         ("[]", "reference.json says nothing of reference log-probabilities"),
         ('{"format_version": 1}', "reference.json has format 1, this version of megatron-amopo reads 2; remove"),
-        ('{"format_version": 2, "weights": "a", "data_sha256": "b", "precision": 3, "dimensions": []}', "says nothing"),
-        ('{"format_version": 2, "weights": "a", "data_sha256": "b"}', "says nothing"),
+        (
+            '{"format_version": 2, "weights": "a", "model_config_sha256": "c", "data_sha256": "b", "precision": 3, '
+            '"dimensions": []}',
+            "not an identity",
+        ),
+        (
+            '{"format_version": 2, "weights": "a", "model_config_sha256": "c", "data_sha256": "b"}',
+            "KeyError('precision')",
+        ),
     ],
 )
 def test_damage_is_named(written, manifest, what, message):

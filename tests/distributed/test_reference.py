@@ -257,7 +257,7 @@ def test_beside_the_data_each_checkpoint_has_its_own(ranks, place, other, tmp_pa
     entries = sorted(Path(f"{own.data}.reference").iterdir())
     assert len(entries) == 2
     assert not np.array_equal(load(entries[0])["train"], load(entries[1])["train"])
-    older = entries[0].parent / "older"
+    older = entries[0].parent / "0-older"  # which is looked at first
     older.mkdir()
     (older / "reference.json").write_text('{"format_version": 1}')
     for entry in entries:
