@@ -137,7 +137,8 @@ CPU_LAYOUTS = (
     Layout("tp2-dp2-distributed-optimizer-overlap-both", 4, TP2 + DISTRIBUTED + OVERLAP),
     Layout("pp2-dp2", 4, PP2),
     Layout("pp2-dp2-distributed-optimizer-overlap-both", 4, PP2 + DISTRIBUTED + OVERLAP),
-    Layout("pp2-dp2-param-gather-not-aligned", 4, (*PP2, *DISTRIBUTED, *OVERLAP, "--no-align-param-gather")),
+    Layout("pp2-vpp2-dp2-distributed-optimizer-overlap-both", 4, PP2 + VPP + DISTRIBUTED + OVERLAP),
+    Layout("pp2-vpp2-dp2-param-gather-not-aligned", 4, (*PP2, *VPP, *DISTRIBUTED, *OVERLAP, "--no-align-param-gather")),
     Layout("pp2-vpp2-dp2-micro-batch-2", 4, PP2 + VPP + _micro_batch(2)),
     # Other models and objectives.
     Layout("untied-one-rank", 1, problem=Problem(tied=False)),
