@@ -189,9 +189,9 @@ chosen answer is the better one over all dimensions whatever the prompts. What i
 
 **Statistics.** The unit is the seed. Intervals are Student's t over seeds, {len(SEEDS)} when all are in; differences
 are taken within seeds, and where two sizes are put together over both within a seed first, as they share its data.
-Claims were fixed before any run (`arms.py`); at each size they are adjusted together by Holm's method, which doesn't
-adjust for there being two sizes. That each size has a verdict of its own was decided after the small size had been run.
-All other intervals are not adjusted.
+Claims were fixed before any run (`arms.py`), as was that they are judged over both sizes together; they are adjusted
+together by Holm's method. Each size's own verdicts, decided on after the small size had been run, are adjusted over the
+claims, not for there being two sizes. All other intervals are not adjusted.
 """
 
 

@@ -143,11 +143,11 @@ class Study:
         shares = [self.runs[size, arm, seed].wins_against(self.runs[size, other, seed]) - 0.5 for seed in seeds]
         return estimate(shares) if shares else None
 
-    def compares(self, arrow: Arrow, size: str) -> bool:
-        """Whether every planned run of both arms is in at a size. A verdict waits for them: looking again after every
-        seed would find what isn't there.
+    def compares(self, arrow: Arrow, *sizes: str) -> bool:
+        """Whether every planned run of both arms is in at some sizes. A verdict waits for them: looking again after
+        every seed would find what isn't there.
         """
-        return self.seeds(size, arrow.better, arrow.worse) == list(SEEDS)
+        return all(self.seeds(size, arrow.better, arrow.worse) == list(SEEDS) for size in sizes)
 
     def compared_sizes(self, arrow: Arrow) -> list[str]:
         """Those at which both arms have runs of a seed."""
@@ -170,10 +170,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one size says of a claimed arrow, by the mean score."""
+    """What one size, or all sizes together, say of a claimed arrow, by the mean score."""
 
     arrow: Arrow
-    size: str
+    sizes: Sequence[str]
     estimate: Estimate | None  # from what is there
     p: float  # adjusted by Holm over all arrows; NaN while runs are missing
 
@@ -183,16 +183,18 @@ class Verdict:
         if self.estimate is None or math.isnan(self.p):
             return "too early"
         if self.p >= SIGNIFICANT:
-            return "not decided at this size"
+            return "not decided at this size" if len(self.sizes) == 1 else "not decided at these sizes"
         return "holds" if self.estimate.mean > 0 else "fails"
 
 
-def verdicts(study: Study, size: str) -> list[Verdict]:
-    """A size's verdict on every claimed arrow. Those for which it is too early count in the adjustment all the same."""
-    found = [study.difference(arrow, lambda run: run.mean, [size]) for arrow in ARROWS]
-    complete = [study.compares(arrow, size) for arrow in ARROWS]
+def verdicts(study: Study, *sizes: str) -> list[Verdict]:
+    """A verdict on every claimed arrow, from one size or several together. Those for which it is too early count in the
+    adjustment all the same.
+    """
+    found = [study.difference(arrow, lambda run: run.mean, sizes) for arrow in ARROWS]
+    complete = [study.compares(arrow, *sizes) for arrow in ARROWS]
     p_values = [each.p if all_in and each is not None else 1.0 for each, all_in in zip(found, complete, strict=True)]
     return [
-        Verdict(arrow, size, each, p if all_in else math.nan)
+        Verdict(arrow, sizes, each, p if all_in else math.nan)
         for arrow, each, all_in, p in zip(ARROWS, found, complete, holm(p_values), strict=True)
     ]

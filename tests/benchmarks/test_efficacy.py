@@ -323,6 +323,8 @@ def test_verdicts_follow_the_runs(tmp_path):
     assert words[AMOPO, SIMPO] == "holds"
     assert words[AMOPO, "dpo"] == "fails"
     assert words["three", "two"] == "not decided at this size"
+    together = {(each.arrow.better, each.arrow.worse): each.word for each in verdicts(study, "small", "large")}
+    assert together == {arrow: word.replace("this size", "these sizes") for arrow, word in words.items()}
     difference = study.difference(ARROWS[0], lambda run: run.mean, ["small", "large"])
     assert difference.mean == pytest.approx(0.5, abs=0.1)
     assert difference.number == len(SEEDS)  # a seed counts once, whatever its sizes
@@ -372,7 +374,8 @@ def test_no_verdict_before_all_planned_runs(tmp_path):
     found = verdicts(study, "large")
     assert {each.word for each in found} == {"too early"}
     assert found[0].estimate.mean == pytest.approx(0.5, abs=0.1)
-    assert "too early" not in {each.word for each in verdicts(study, "small")}  # an experiment of its own
+    assert "too early" not in {each.word for each in verdicts(study, "small")}
+    assert {each.word for each in verdicts(study, "small", "large")} == {"too early"}
     _write_runs(tmp_path, SEEDS[-1:], ["large"], {AMOPO: 0.5}, names=(AMOPO, "uniform"))
     words = {(each.arrow.better, each.arrow.worse): each.word for each in verdicts(Study.load(tmp_path), "large")}
     assert words.pop((AMOPO, "uniform")) == "holds"
@@ -391,7 +394,7 @@ def test_report(tmp_path, capsys):
     assert re.search(r"half of the answers it comes out \+0\.\d+ higher", page)  # the scores are all noise
     results = json.loads((tmp_path / "report/results.json").read_text())
     assert len(results["runs"]) == 32
-    assert len(results["verdicts"]) == len(SIZES) * len(ARROWS)
+    assert len(results["verdicts"]) == (1 + len(SIZES)) * len(ARROWS)
     for name in ("claims", "methods", "asked"):
         assert (tmp_path / f"report/{name}.png").stat().st_size > 10_000
 
