@@ -20,6 +20,7 @@ from megatron_amopo.objectives.floors import DEFAULT_LR, MarginFloors
 from megatron_amopo.objectives.pairs import Pairs
 from megatron_amopo.objectives.registry import MODPO_MARGINS, PAIRWISE_LOSSES, WEIGHTINGS, Hyperparameter, Method
 
+DEFAULT_WEIGHTING = "gaussian"
 _NOTHING: Mapping[str, Hyperparameter | None] = MappingProxyType({})
 
 
@@ -41,7 +42,7 @@ def choose_objective(
     rewarded: Sequence[str] = (),
     *,
     pairwise: str = "simpo",
-    weighting: str = "gaussian",
+    weighting: str = DEFAULT_WEIGHTING,
     ftx_gamma: float = 0.0,
     margin_floor: Mapping[str, float] | None = None,
     margin_floor_lr: float | None = None,
@@ -79,6 +80,10 @@ def choose_objective(
                 f"{flag_of(name)}: a single dimension has weight 1 whatever it says; leave it out"
                 + (f", and --amopo-weighting {weighting} with it" if name in weights.required else "")
             )
+    if len(dimensions) == 1 and weighting != DEFAULT_WEIGHTING:
+        raise ConfigError(
+            f"--amopo-weighting {weighting}: a single dimension has weight 1 whatever it says; leave it out"
+        )
     values = {**loss_values, **weight_values}
     for name, value in values.items():
         if isinstance(value, float | int):
@@ -89,7 +94,7 @@ def choose_objective(
 
     loss_keywords: dict[str, Any] = dict(loss_values)
     if "modpo_weights" in values:
-        loss_keywords |= _modpo(values, scored, rewarded)
+        loss_keywords |= _modpo(values, scored, rewarded, margins_given="modpo_margins" in given)
     weight_keywords: dict[str, Any] = dict(weight_values)
     if "weights" in values:
         weight_keywords["weights"] = _fixed_weights(values["weights"], dimensions)
@@ -171,7 +176,9 @@ def _vector(flag: str, value: Mapping[str, float], names: Sequence[str], what: s
     return tuple(float(value.get(key, 0.0)) for key in names)
 
 
-def _modpo(values: Mapping[str, Any], scored: Sequence[str], rewarded: Sequence[str]) -> dict[str, Any]:
+def _modpo(
+    values: Mapping[str, Any], scored: Sequence[str], rewarded: Sequence[str], *, margins_given: bool
+) -> dict[str, Any]:
     weights, objective, margins = values["modpo_weights"], values["modpo_objective"], values["modpo_margins"]
     if margins not in MODPO_MARGINS:
         raise ConfigError(f"{_MODPO_MARGINS} {margins}: expected {' or '.join(MODPO_MARGINS)}")
@@ -192,6 +199,11 @@ def _modpo(values: Mapping[str, Any], scored: Sequence[str], rewarded: Sequence[
         raise ConfigError(
             f"{_MODPO_OBJECTIVE} {objective} has no weight in {_MODPO_WEIGHTS}; that of the trained objective must be "
             "more than 0"
+        )
+    if margins_given and not any(weight for other, weight in enumerate(vector) if other != index):
+        raise ConfigError(
+            f"{_MODPO_MARGINS} {margins}: {_MODPO_WEIGHTS} has no objective beside {objective}, whose margin would be "
+            "computed; leave it out"
         )
     return {"modpo_weights": vector, "modpo_objective": index}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_amopo.errors import ConfigError
 from megatron_amopo.objectives import PAIRWISE_LOSSES, WEIGHTINGS, ObjectiveConfig, choose_objective
-from megatron_amopo.objectives.choice import flag_of
+from megatron_amopo.objectives.choice import DEFAULT_WEIGHTING, flag_of
 from megatron_amopo.objectives.floors import DEFAULT_LR
 from megatron_amopo.objectives.registry import MODPO_MARGINS
 
@@ -69,7 +69,7 @@ def add_objective_arguments(group: Any) -> None:
     add(
         "--amopo-weighting",
         choices=list(WEIGHTINGS),
-        default="gaussian",
+        default=DEFAULT_WEIGHTING,
         help="weights over dimensions (default: %(default)s)",
     )
     add("--amopo-weights", metavar="A=W,…", help="fixed: weight of each trained dimension, e.g. general=1,accuracy=2")

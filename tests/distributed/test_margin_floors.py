@@ -39,8 +39,7 @@ def floored(ranks, workplace, tmp_path_factory):
 
 
 def test_multipliers_follow_the_margins(floored):
-    """From 0, max(0, λ + η·(m − margin)) step by step; the loss is the objective's plus Σ λ·(m − margin), evaluation's
-    is the objective's alone."""
+    """From 0, max(0, λ + η·(m − margin)) step by step."""
     _, folder = floored
     expected = dict.fromkeys(FLOORS, 0.0)
     steps = metrics(folder)
@@ -54,9 +53,11 @@ def test_multipliers_follow_the_margins(floored):
 
 
 def test_floors_pull(ranks, workplace, floored, tmp_path):
-    """The first step is that of a run without floors, to the bit; the later ones go where the floor is missed."""
+    """The first step is that of a run without floors, to the bit; the later ones go where the floor is missed: their
+    loss is the objective's plus Σ λ·(m − margin), evaluation's is the objective's alone."""
     _, folder = floored
-    plain = [flag for flag in flags(workplace, "--tensorboard-dir", str(tmp_path)) if flag not in GIVEN]
+    own = ["--tensorboard-dir", str(tmp_path), "--amopo-eval-at-start", "--eval-interval", "1"]
+    plain = [flag for flag in flags(workplace, *own) if flag not in GIVEN]
     ranks.run(train, 1, plain, want_tensors=False)
     with_floors, without = metrics(folder), metrics(tmp_path)
     assert {name: with_floors[0][name] for name in without[0].keys() - TIMING} == {
@@ -67,7 +68,11 @@ def test_floors_pull(ranks, workplace, floored, tmp_path):
         with_floors[1][f"multiplier/{name}"] * (floor - with_floors[1][f"margin/{name}"])
         for name, floor in FLOORS.items()
     )
+    assert abs(term) > 1e-3
     assert with_floors[1]["loss"] - term == pytest.approx(without[1]["loss"], rel=1e-5)
+    # After the first step: the same weights, and the multipliers of `term`.
+    evaluated, plainly = metrics(folder, "validation")[1], metrics(tmp_path, "validation")[1]
+    assert {name: evaluated[name] for name in plainly} == plainly
     assert with_floors[-1]["margin/quality_2"] > without[-1]["margin/quality_2"]
 
 

@@ -71,6 +71,13 @@ def test_mean_weights_are_those_of_no_noise(first_step):
     assert [mean[f"loss/{name}"] for name in NAMES] == [gaussian[f"loss/{name}"] for name in NAMES]
 
 
+def test_another_seed_is_another_step(first_step):
+    """Other records, other noise."""
+    step, other = first_step(), first_step("--amopo-seed", str(SEED + 1))
+    assert other["loss"] != pytest.approx(step["loss"], rel=1e-6)
+    assert weights(other) != pytest.approx(weights(step), rel=1e-4)
+
+
 def test_one_dimension_is_the_single_objective_method(first_step):
     step = first_step("--amopo-dimensions", "general", "--amopo-pairwise", "simpo")
     assert step["weight/general"] == 1

@@ -122,14 +122,25 @@ def test_one_dimension_has_nothing_to_weigh(weighting, given):
     refused(message, dimensions=["general"], weighting=weighting, given=given)
 
 
+@pytest.mark.parametrize("weighting", ["mean", "uniform", "from-scores"])
+def test_one_dimension_has_no_other_weighting(weighting):
+    message = f"--amopo-weighting {weighting}: a single dimension has weight 1 whatever it says; leave it out"
+    refused(message, dimensions=["general"], weighting=weighting)
+
+
+def test_modpo_with_one_objective_has_no_margins():
+    alone = {"modpo_weights": {"correctness": 1.0}, "modpo_objective": "correctness"}
+    choose_objective(DIMENSIONS, SCORED, pairwise="modpo", hyperparameters=alone)
+    message = "--amopo-modpo-margins scores: --amopo-modpo-weights has no objective beside correctness"
+    refused(message, pairwise="modpo", given={**alone, "modpo_margins": "scores"})
+
+
 @pytest.mark.parametrize("pairwise", PAIRWISE_LOSSES)
 def test_one_dimension_is_the_pair_loss_by_itself(pairwise):
     pairs = random_pairs(dimensions=1)
     given = MODPO if pairwise == "modpo" else {}
-    for weighting in ("gaussian", "mean", "uniform", "from-scores"):
-        objective = choose_objective(["general"], SCORED, pairwise=pairwise, weighting=weighting, hyperparameters=given)
-        result = amopo_loss(pairs, objective)
-        assert torch.equal(result.loss, result.pair_losses[:, 0])
+    result = amopo_loss(pairs, choose_objective(["general"], SCORED, pairwise=pairwise, hyperparameters=given))
+    assert torch.equal(result.loss, result.pair_losses[:, 0])
 
 
 def test_what_a_run_remembers():

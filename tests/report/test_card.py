@@ -44,7 +44,7 @@ def test_the_hub_reads_it(run: Path, data: Path, model: Path) -> None:
     for expected in (
         "SHA-256 of the prepared data `0123456789abcdef",
         "On 400 validation records, after step 0 → after step 3",
-        "| helpfulness | +0.110 → +0.410 | 55.0 → 85.0 (81.2–88.2) | 0.333 → 0.333 |",
+        "| helpfulness | +0.110 → +0.410 | 53.0 → 83.0 (79.0–86.4) | 0.333 → 0.250 |",
         "| --amopo-beta | 10 |",
         "| learning rate | 0.001 |",
         "Write a response that deserves a score of 5 out of 5 for helpfulness.",

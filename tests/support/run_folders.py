@@ -22,12 +22,13 @@ _KINDS = ("loss", "margin", "accuracy", "weight", "prob_mean", "prob_std", "logp
 def metrics_of(dimensions: Sequence[str], share: float) -> dict[str, float]:
     """A training line's figures when ``share`` of the run is done."""
     figures = {"loss": 2.0 - share, "tokens_per_record": 500.0, "imbalance": 1.0 + share / 10}
+    spread = [1.0 + d * d * share for d in range(len(dimensions))]
     for d, name in enumerate(dimensions):
         values = (
-            1.5 - share,
+            1.5 - share - 0.1 * d,
             0.1 + 0.3 * share + 0.01 * d,
-            0.55 + 0.3 * share,
-            1 / len(dimensions),
+            0.55 + 0.3 * share - 0.02 * d,
+            spread[d] / sum(spread),
             0.6,
             0.4,
             -1.0,
@@ -42,8 +43,9 @@ def leakage_of(dimensions: Sequence[str], share: float) -> dict[str, float]:
     figures: dict[str, float] = {}
     for d, i in enumerate(dimensions[1:], start=1):
         figures[f"leakage_records/{i}"] = 300 + d
-        figures |= {f"leakage_margin/{i}/{j}": share * 0.4 - 0.02 * d for j in dimensions}
-        figures |= {f"leakage_accuracy/{i}/{j}": 0.5 + 0.3 * share for j in dimensions}
+        for e, j in enumerate(dimensions):
+            figures[f"leakage_margin/{i}/{j}"] = share * 0.4 - 0.02 * d + 0.05 * e
+            figures[f"leakage_accuracy/{i}/{j}"] = 0.5 + 0.3 * share - 0.03 * d + 0.01 * e
     return figures
 
 
