@@ -25,7 +25,17 @@ from benchmarks.comparison import Comparison, Contest, compare
 from benchmarks.models import Models, ModelSlice, add_model_arguments, both_models, dtype_of
 from benchmarks.profiling import CATEGORIES, TimeShares, time_shares
 from benchmarks.records import LengthStatistics, add_source_arguments, choose_records, source_of, within_vocabulary
-from benchmarks.support import COLOURS, MIB, RESULTS, STYLE, Samples, command_of, markdown_table, write_results
+from benchmarks.support import (
+    COLOURS,
+    MIB,
+    RESULTS,
+    STYLE,
+    Samples,
+    command_of,
+    device_peak_tflops,
+    markdown_table,
+    write_results,
+)
 from megatron_amopo.data.dataset import PreparedGroups
 
 #: The measured ratio should be at least this much above that of the operations.
@@ -69,7 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--records", type=int, default=4, help="short records of a step (default: %(default)s)")
     add("--long-records", type=int, default=2, help="records of a step with whole responses (default: %(default)s)")
     add("--short", type=int, default=300, help="most tokens of a short response (default: %(default)s)")
-    add("--peak-tflops", type=float, help="the device's peak rate in --dtype, 10¹² operations/s, to state shares of it")
+    add(
+        "--peak-tflops",
+        type=float,
+        help="the device's peak rate in --dtype, 10¹² operations/s, to state shares of (default: its data sheet's)",
+    )
     add("--output", type=Path, default=RESULTS / "step", help="folder of the results (default: %(default)s)")
     args = parser.parse_args(arguments)
 
@@ -89,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with both_models(model_slice, dtype=dtype) as models:
             results = measure(models, model_slice, cases, groups, counts, args.repetitions, dtype)
             layers = models.transformer_impl
-    text = report(f"{model_slice}; ours has {layers} layers, in {args.dtype}", results, args.peak_tflops)
+    peak = device_peak_tflops(args.peak_tflops, dtype)
+    text = report(f"{model_slice}; ours has {layers} layers, in {args.dtype}", results, peak)
     print(text)
     write_results(
         args.output,

@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from megatron_amopo import device
+from megatron_amopo.planning.hardware import gpu_of_device
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLOURS = ("#444444", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")  # told apart by colour-blind eyes, too
@@ -124,6 +125,16 @@ def _peak_extra_resident_memory(function: Callable[[], Any]) -> int:
         finished.set()
         sampler.join()
     return max(peak, process.memory_info().rss) - before
+
+
+def device_peak_tflops(given: float | None, dtype: torch.dtype) -> float | None:
+    """The device's dense peak in a dtype, 10¹² operations/s: what was given, else of its data sheet where that is known
+    (bfloat16).
+    """
+    if given is not None or not device.has_cuda() or dtype != torch.bfloat16:
+        return given
+    row = gpu_of_device(torch.cuda.get_device_name())
+    return None if row is None else row.bf16_flops / 1e12
 
 
 def command_of(module: str, arguments: Sequence[str] | None) -> str:

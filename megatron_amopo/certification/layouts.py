@@ -23,7 +23,12 @@ class Problem:
     @property
     def has_reference(self) -> bool:
         """Whether its loss compares the model with the one that it started from."""
-        return self.pairwise in ("dpo", "ipo")
+        return self.pairwise in ("dpo", "ipo", "modpo")
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether its loss reads the records' scores, which are then random."""
+        return self.pairwise == "modpo" or self.weighting == "from-scores"
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ FULL_RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "unif
 BF16 = ("--bf16",)
 # Transformer Engine multiplies float32 matrices in TF32; Megatron's own layers don't.
 GPU_FLOAT32 = ("--transformer-impl", "local")
-SELECTIVE_RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn")
+SELECTIVE_RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules")
 
 BF16_WEIGHTS = Problem(bf16_weights=True)
 
@@ -122,7 +127,8 @@ CPU_LAYOUTS = (
     Layout("micro-batch-8", 1, _micro_batch(8)),
     Layout("tokens-per-micro-batch-dp2", 2, ("--amopo-max-tokens-per-micro-batch", "500")),
     Layout("full-recompute", 1, FULL_RECOMPUTE),
-    Layout("selective-recompute", 1, SELECTIVE_RECOMPUTE),
+    Layout("selective-recompute", 1, (*SELECTIVE_RECOMPUTE, "core_attn")),
+    Layout("selective-recompute-mlp-tp2-sp", 2, (*TP2, *SP, *SELECTIVE_RECOMPUTE, "mlp")),
     Layout("tp2-full-recompute-activations-split", 2, (*TP2, *FULL_RECOMPUTE, "--distribute-saved-activations")),
     # Mixed.
     Layout("tp2-pp2", 4, TP2 + PP2),
@@ -153,9 +159,12 @@ CPU_LAYOUTS = (
     Layout("orpo-cp2-dp2", 4, CP2, Problem(pairwise="orpo")),
     Layout("dpo-tp2-cp2", 4, TP2 + CP2, Problem(pairwise="dpo")),
     Layout("dpo-pp2-dp2-distributed-optimizer", 4, PP2 + DISTRIBUTED, Problem(pairwise="dpo")),
+    Layout("modpo-tp2-cp2", 4, TP2 + CP2, Problem(pairwise="modpo")),
+    Layout("modpo-pp2-dp2", 4, PP2, Problem(pairwise="modpo")),
     Layout("ipo-tp2-sp", 2, TP2 + SP, Problem(pairwise="ipo")),
     Layout("sft-uniform-pp2", 2, PP2, Problem(pairwise="sft", weighting="uniform")),
     Layout("simpo-mean-cp2", 2, CP2, Problem(weighting="mean")),
+    Layout("simpo-from-scores-tp2-pp2", 4, TP2 + PP2, Problem(weighting="from-scores")),
     # Numbers of dimensions; all others above have three.
     Layout("1-dimension-tp2", 2, TP2, Problem(dimensions=1)),
     Layout("2-dimensions-pp2", 2, PP2, Problem(dimensions=2)),
@@ -164,6 +173,9 @@ CPU_LAYOUTS = (
     Layout("6-dimensions-tp2-pp2", 4, TP2 + PP2, Problem(dimensions=6)),
     # Half precision, against the same references in full precision.
     Layout("bf16-tp2-sp", 2, BF16 + TP2 + SP, BF16_WEIGHTS),
+    Layout(
+        "bf16-tp2-sp-dp2-reduced-in-bf16", 4, (*BF16, *TP2, *SP, *DISTRIBUTED, "--grad-reduce-in-bf16"), BF16_WEIGHTS
+    ),
 )
 
 #: On GPUs, over NCCL; run as far as there are GPUs for.

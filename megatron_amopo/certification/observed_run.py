@@ -105,9 +105,11 @@ def _keep_gradients_whole(chunk: Any) -> None:
 @contextlib.contextmanager
 def clean_megatron() -> Iterator[None]:
     """Megatron keeps its state in globals; leave none of it to the next job."""
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.parallel_state import destroy_model_parallel
     from megatron.training import checkpointing, training
 
+    reduce_scatter = param_and_grad_buffer.dist_reduce_scatter_func  # a flag replaces it
     try:
         yield
     finally:
@@ -116,6 +118,7 @@ def clean_megatron() -> Iterator[None]:
         destroy_model_parallel()
         # A rank that has these takes part in a collective that a fresh rank doesn't.
         training._STARTUP_TIMESTAMPS.update(dict.fromkeys(training._STARTUP_TIMESTAMPS))
+        param_and_grad_buffer.dist_reduce_scatter_func = reduce_scatter
         checkpointing._LOADED_ITERATION = None
         checkpointing._CHECKPOINT_VERSION = None
         if dist.is_initialized():

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_amopo.certification.layouts import Problem
-from megatron_amopo.certification.reference import FTX_GAMMA, StepData
+from megatron_amopo.certification.reference import FTX_GAMMA, MODPO_WEIGHTS, StepData
 from megatron_amopo.certification.tiny import make_data, make_hf_model, random_groups
 from megatron_amopo.checkpoint.convert import hf_to_megatron
 from megatron_amopo.checkpoint.families import parameter_table
 from megatron_amopo.checkpoint.hf import read_config
 from megatron_amopo.checkpoint.parameters import Parameter
 from megatron_amopo.data.batching import SampleOrder
+from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.objectives.noise import record_noise
 
 #: Three steps are an epoch, so that longer runs also see the noise of the next one.
@@ -43,6 +45,7 @@ class PreparedProblem:
             *("--global-batch-size", str(BATCH), "--amopo-seed", str(SEED)),
             *("--amopo-pairwise", self.problem.pairwise, "--amopo-ftx-gamma", str(FTX_GAMMA)),
             *("--amopo-weighting", self.problem.weighting),
+            *(_modpo_flags() if self.problem.pairwise == "modpo" else ()),
             # Its own, so that each layout computes the reference, too.
             *(("--amopo-reference-cache", str(output / "reference")) if self.problem.has_reference else ()),
         ]
@@ -51,14 +54,15 @@ class PreparedProblem:
         """What each of the first ``count`` steps reads: the order of records and the noise are data, like the records;
         they come from the functions that training asks.
         """
-        groups = random_groups(RECORDS, **_data_options(self.problem))
+        groups, prepared = random_groups(RECORDS, **_data_options(self.problem)), PreparedGroups.open(self.data)
         order = SampleOrder(RECORDS, SEED)
         result = []
         for step in range(count):
             indices, epochs = order(range(step * BATCH, (step + 1) * BATCH))
             ids = torch.tensor([groups[i].record_id for i in indices])
             noise = record_noise(SEED, ids, self.problem.dimensions, torch.from_numpy(epochs))
-            result.append(StepData([groups[i] for i in indices], noise))
+            scores = np.stack([np.stack(prepared.scores(int(i)), axis=-1) for i in indices])
+            result.append(StepData([groups[i] for i in indices], noise, torch.from_numpy(scores)))
         return result
 
 
@@ -76,8 +80,16 @@ def prepare_problem(problem: Problem, folder: Path) -> PreparedProblem:
         num_key_value_heads=problem.key_value_heads,
     )
     hf_to_megatron(hf, megatron)
-    make_data(data, train=RECORDS, validation=0, **_data_options(problem))
+    options = _data_options(problem)
+    make_data(data, train=RECORDS, validation=0, random_scores=problem.has_scores, **options)
     return PreparedProblem(problem, hf, megatron, data, parameter_table(read_config(hf)))
+
+
+def _modpo_flags() -> tuple[str, ...]:
+    """The last objective is learnt from the order of the pairs."""
+    weights = {f"quality_{index}": weight for index, weight in enumerate(MODPO_WEIGHTS, start=1)}
+    named = ",".join(f"{name}={weight}" for name, weight in weights.items())
+    return ("--amopo-modpo-weights", named, "--amopo-modpo-objective", list(weights)[-1])
 
 
 def _data_options(problem: Problem) -> dict[str, Any]:

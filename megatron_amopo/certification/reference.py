@@ -22,7 +22,9 @@ from megatron_amopo.data.groups import TokenizedGroup
 
 #: The published hyperparameters, in numbers; γ_ftx is what :data:`FTX_GAMMA` says.
 SIMPO_BETA, SIMPO_GAMMA = 0.8, 2.0
-ORPO_BETA, DPO_BETA, IPO_BETA = 0.1, 0.1, 0.1
+ORPO_BETA, DPO_BETA, IPO_BETA, MODPO_BETA = 0.1, 0.1, 0.1, 0.1
+#: Of MODPO's objectives; the last one is trained.
+MODPO_WEIGHTS = (0.25, 0.75)
 #: Weight of the SFT term in all certified runs.
 FTX_GAMMA = 0.1
 _IGNORED = -100
@@ -30,10 +32,11 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class StepData:
-    """The records of one step and their draws from the standard normal distribution."""
+    """The records of one step, their draws from the standard normal distribution and their scores."""
 
     groups: Sequence[TokenizedGroup]
     noise: Tensor  # [G, D, 2]
+    scores: Tensor | None = None  # [G, D − 1, 2], where the loss or the weights read them
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def plain_run(
     """Train the model of ``hf``, one update for each entry of ``steps``.
 
     The model computes in ``dtype``; the weights that the optimizer updates are float64 for float64 and float32
-    otherwise. (transformers' norms compute in float32 whatever the model's type.) The reference model of DPO and IPO
-    is the model before its first update.
+    otherwise. (transformers' norms compute in float32 whatever the model's type.) The reference model of DPO, IPO
+    and MODPO is the model before its first update.
     """
     from transformers import AutoModelForCausalLM
 
@@ -102,12 +105,12 @@ def plain_loss(model: torch.nn.Module, step: StepData, problem: Problem, referen
         model: of transformers.
         step: the records and their noise.
         problem: names the loss of a pair and the weighting.
-        reference: Σ log π_ref ``[G, D, 2]``; DPO and IPO need it.
+        reference: Σ log π_ref ``[G, D, 2]``; DPO, IPO and MODPO need it.
     """
     figures = response_figures(model, step)
     with torch.no_grad():
-        weights_GD = _weights(problem.weighting, figures, step.noise.to(figures.prob_mean.dtype))
-    pair_losses_GD = _pair_losses(problem.pairwise, figures, reference)
+        weights_GD = _weights(problem.weighting, figures, step)
+    pair_losses_GD = _pair_losses(problem.pairwise, figures, step.scores, reference)
     sft_G = -figures.mean_logps[..., 0].mean(1)
     return (weights_GD * pair_losses_GD).sum(1) + FTX_GAMMA * sft_G
 
@@ -135,17 +138,21 @@ def response_figures(model: torch.nn.Module, step: StepData) -> ResponseFigures:
     )
 
 
-def _weights(weighting: str, figures: ResponseFigures, noise: Tensor) -> Tensor:
+def _weights(weighting: str, figures: ResponseFigures, step: StepData) -> Tensor:
     if weighting == "uniform":
         return torch.full_like(figures.prob_mean[..., 0], 1 / figures.prob_mean.shape[1])
+    if weighting == "from-scores":
+        assert step.scores is not None
+        chosen = step.scores[..., 0].to(figures.prob_mean.dtype)
+        return torch.softmax(torch.cat([chosen.mean(1, keepdim=True), chosen], dim=1), dim=1)
     assert weighting in ("gaussian", "mean")
     metric = figures.prob_mean
     if weighting == "gaussian":
-        metric = metric + figures.prob_std * noise  # a draw from N(μ, σ²)
+        metric = metric + figures.prob_std * step.noise.to(metric.dtype)  # a draw from N(μ, σ²)
     return torch.softmax(metric[..., 0] + metric[..., 1], dim=1)
 
 
-def _pair_losses(pairwise: str, figures: ResponseFigures, reference: Tensor | None) -> Tensor:
+def _pair_losses(pairwise: str, figures: ResponseFigures, scores: Tensor | None, reference: Tensor | None) -> Tensor:
     chosen, rejected = figures.mean_logps[..., 0], figures.mean_logps[..., 1]
     if pairwise == "simpo":
         return -F.logsigmoid(SIMPO_BETA * (chosen - rejected) - SIMPO_GAMMA)
@@ -157,6 +164,11 @@ def _pair_losses(pairwise: str, figures: ResponseFigures, reference: Tensor | No
     log_ratios = figures.sum_logps - reference
     if pairwise == "dpo":
         return -F.logsigmoid(DPO_BETA * (log_ratios[..., 0] - log_ratios[..., 1]))
+    if pairwise == "modpo":
+        assert scores is not None
+        other, trained = MODPO_WEIGHTS
+        margin = (scores[:, :1, 0] - scores[:, :1, 1]).to(log_ratios.dtype)  # of the other objective
+        return -F.logsigmoid((MODPO_BETA * (log_ratios[..., 0] - log_ratios[..., 1]) - other * margin) / trained)
     assert pairwise == "ipo"
     mean_log_ratios = log_ratios / figures.lengths
     return (mean_log_ratios[..., 0] - mean_log_ratios[..., 1] - 1 / (2 * IPO_BETA)).square()

@@ -54,7 +54,7 @@ def environment(*, command: str, steps: int, tolerance: float) -> dict[str, Any]
 def write_certificate(
     folder: Path, outcomes: Sequence[Outcome], about: Mapping[str, Any], left_out: Mapping[str, str]
 ) -> None:
-    """Write both files.
+    """Write both files. In JSON ``layouts`` are those of float32, with one tolerance; ``bf16_layouts`` have their own.
 
     Args:
         folder: made if it isn't there.
@@ -64,7 +64,8 @@ def write_certificate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = {
-        "layouts": [_entry(outcome) for outcome in outcomes],
+        "layouts": [_entry(outcome) for outcome in outcomes if not outcome.layout.bf16],
+        "bf16_layouts": [_entry(outcome) for outcome in outcomes if outcome.layout.bf16],
         "passed": all(outcome.passed for outcome in outcomes),
         **about,
         "left_out": dict(left_out),

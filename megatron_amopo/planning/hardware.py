@@ -45,6 +45,16 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 )
 
 
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The row that a device is of, by the name that CUDA gives it; None for cards in other forms (PCIe, NVL), whose
+    peaks are lower.
+    """
+    words = device_name.lower().replace("-", " ").split()
+    if {"pcie", "nvl"} & set(words):
+        return None
+    return next((row for name, row in GPUS.items() if name in words), None)
+
+
 def gpu(name: str) -> Gpu:
     """The row of that name.
 

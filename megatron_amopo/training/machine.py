@@ -13,6 +13,14 @@ from megatron_amopo.errors import ConfigError
 _LEAST_CAPABILITY = MappingProxyType({"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)})
 
 
+def runnable_fp8_recipes() -> tuple[str, ...]:
+    """The recipes that this machine's libraries and GPU can compute."""
+    if importlib.util.find_spec("transformer_engine") is None or not device.has_cuda():
+        return ()
+    capability = torch.cuda.get_device_capability()
+    return tuple(recipe for recipe, least in _LEAST_CAPABILITY.items() if capability >= least)
+
+
 def check_machine(args: argparse.Namespace) -> None:
     """Whether this machine has what the flags need.
 
@@ -23,6 +31,8 @@ def check_machine(args: argparse.Namespace) -> None:
     needed_by = {
         "--transformer-impl transformer_engine": args.transformer_impl == "transformer_engine",
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,  # its Adam
+        # Megatron's code for it asks Transformer Engine whether FP8 is on.
+        "--recompute-modules layernorm": "layernorm" in (args.recompute_modules or ()),
     }
     for flag, given in needed_by.items():
         if given and not has_engine:

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,8 @@ def test_files(tmp_path):
     assert data["versions"].keys() >= {"torch", "megatron-core", "transformers"}
     assert data["machine"]["cores"] >= 1
     assert data["left_out"] == {"gpu-tp2": "needs 2 GPU(s)"}
-    entries = dict(zip(OUTCOMES, data["layouts"], strict=True))
+    entries = dict(zip(OUTCOMES, data["layouts"] + data["bf16_layouts"], strict=True))
+    assert [entry["name"] for entry in data["bf16_layouts"]] == ["bf16", "bf16"]
     assert entries["passed"]["name"] == "tp2"
     assert entries["passed"]["grad_error"] == 1e-7
     assert entries["against one rank"]["grad_error"] == 2e-5  # the worse of the two comparisons
@@ -105,9 +106,18 @@ def test_layouts_are_told_apart():
 
 
 def test_the_published_certificate_has_all_layouts_of_the_cpu():
+    """As they are now: with these flags, of these problems, to the default tolerance, over the default steps."""
     published = json.loads((ROOT / "benchmarks" / "results" / "certificate" / "certificate.json").read_text())
     assert published["passed"]
-    assert [layout["name"] for layout in published["layouts"]] == [layout.name for layout in CPU_LAYOUTS]
+    assert (published["tolerance"], published["steps"]) == (1e-5, 5)
+    for key, bf16 in (("layouts", False), ("bf16_layouts", True)):
+        expected = {layout.name: layout for layout in CPU_LAYOUTS if layout.bf16 == bf16}
+        assert [entry["name"] for entry in published[key]] == list(expected)
+        for entry in published[key]:
+            layout = expected[entry["name"]]
+            assert entry["flags"] == list(layout.flags)
+            assert entry["problem"] == asdict(layout.problem)
+            assert entry["ranks"] == layout.ranks
 
 
 class DeadRanks:

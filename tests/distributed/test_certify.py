@@ -18,7 +18,8 @@ def run(ranks, output, layouts, job=train):
         open_pool=lambda size, gpus: nullcontext(ranks),
         job=job,
     )
-    entries = json.loads((output / JSON).read_text())["layouts"]
+    data = json.loads((output / JSON).read_text())
+    entries = [*data["layouts"], *data["bf16_layouts"]]
     return code, {entry["name"]: entry for entry in entries}, (output / MARKDOWN).read_text()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_amopo.errors import ConfigError
 from megatron_amopo.training import machine
-from megatron_amopo.training.machine import check_machine
+from megatron_amopo.training.machine import check_machine, runnable_fp8_recipes
 
 ENGINE = {"transformer_impl": "transformer_engine"}
 PLAIN = {
@@ -15,6 +15,7 @@ PLAIN = {
     "optimizer_cpu_offload": False,
     "fp8": None,
     "fp8_recipe": "delayed",
+    "recompute_modules": None,
 }
 
 
@@ -36,6 +37,9 @@ def fp8(recipe):
         (ENGINE, True, (8, 0), None),
         ({"use_precision_aware_optimizer": True}, False, (9, 0), "--use-precision-aware-optimizer needs Transformer"),
         ({"use_precision_aware_optimizer": True}, True, (9, 0), None),
+        ({"recompute_modules": ["core_attn", "mlp"]}, False, None, None),
+        ({"recompute_modules": ["mlp", "layernorm"]}, False, None, "--recompute-modules layernorm needs Transformer"),
+        ({"recompute_modules": ["layernorm"]}, True, (9, 0), None),
         ({"optimizer_cpu_offload": True}, True, None, "--optimizer-cpu-offload takes the optimizer from the GPU"),
         ({"optimizer_cpu_offload": True}, False, (8, 0), None),
         (fp8("delayed"), True, (8, 0), "compute capability 8.9 or higher"),
@@ -54,3 +58,20 @@ def test_machines(monkeypatch, flags, installed, capability, message):
     else:
         with pytest.raises(ConfigError, match=message):
             check_machine(args)
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "recipes"),
+    [
+        (False, (9, 0), ()),
+        (True, None, ()),
+        (True, (8, 0), ()),
+        (True, (8, 9), ("delayed", "tensorwise")),
+        (True, (9, 0), ("delayed", "tensorwise", "blockwise")),
+    ],
+)
+def test_recipes_of_a_machine(monkeypatch, installed, capability, recipes):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(machine.device, "has_cuda", lambda: capability is not None)
+    monkeypatch.setattr(machine.torch.cuda, "get_device_capability", lambda: capability)
+    assert runnable_fp8_recipes() == recipes
