@@ -189,6 +189,7 @@ def next_commands(folder: Path) -> list[str]:
     aligned, trained = _shown(folder / "aligned"), _shown(folder / "megatron-aligned")
     return [
         f"{python} tools/convert_checkpoint.py verify {aligned} {trained}",
+        f"{python} tools/report.py {trained}   # all of the run on one page",
         f"{python} -m tensorboard.main --logdir {_shown(folder / 'tensorboard')}",
         "make demo LAYOUT=pp2",
         f"{python} tools/prepare_preferences.py --help   # your own data",

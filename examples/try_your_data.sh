@@ -9,11 +9,12 @@
 # Variables, with their defaults:
 #   DIMENSIONS=helpfulness,correctness,instruction_following   SOURCE_SCALE=  (e.g. 0-4; default: the prompts' 1-5)
 #   CUTOFF=1024   STEPS=24   GLOBAL_BATCH=2   LR=3e-3   VOCAB_SIZE=  (rows of the random model's embedding)   MODEL=
+#   VALIDATION_FRACTION=0.1   (of the prompts; with few of them take more)
 #   FTX_GAMMA=1   (weight of the SFT term: a random model must learn to write before it can prefer; 0 is published)
 set -euo pipefail
 
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
-  sed -n '2,13s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 data=$1 tokenizer=$2 output=${3:-runs/try-your-data}
@@ -33,7 +34,7 @@ scale=()
 [ -n "${SOURCE_SCALE:-}" ] && scale=(--source-scale "$SOURCE_SCALE")
 python "$root/tools/prepare_preferences.py" "$data" --output "$output/data" --tokenizer "$tokenizer" \
   --dimensions "${DIMENSIONS:-helpfulness,correctness,instruction_following}" "${scale[@]}" \
-  --cutoff-len "${CUTOFF:-1024}" --validation-fraction 0.02
+  --cutoff-len "${CUTOFF:-1024}" --validation-fraction "${VALIDATION_FRACTION:-0.1}"
 
 model=${MODEL:-$output/hf-start}
 if [ -z "${MODEL:-}" ]; then

@@ -7,7 +7,7 @@ here, and nowhere else.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -33,6 +33,7 @@ BOOKKEEPING = frozenset(
     """.split()  # noqa: SIM905
 )
 
+_LARGEST = 2**63 - 1  # what Megatron and torch can hold
 _ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 _LLAMA3 = tuple(field.name for field in fields(Llama3Scaling))
 
@@ -74,19 +75,24 @@ def whole_number(config: Mapping[str, Any], field: str, default: int | None = No
     value = default if config.get(field) is None else config[field]
     if value is None:
         raise CheckpointError(f"config.json: {field} is missing")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {field} {value!r} is not a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
+        raise CheckpointError(f"config.json: {field} {value!r} is not a positive whole number of at most 64 bits")
     return value
 
 
 def number(config: Mapping[str, Any], field: str, default: float | None = None) -> float:
-    """A positive number; missing and null as in `whole_number`."""
+    """A finite number above 0; missing and null as in `whole_number`."""
     value = default if config.get(field) is None else config[field]
     if value is None:
         raise CheckpointError(f"config.json: {field} is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise CheckpointError(f"config.json: {field} {value!r} is not a positive number")
+    if not _is_positive(value):
+        raise CheckpointError(f"config.json: {field} {value!r} is not a finite number above 0")
     return float(value)
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether it is a number above 0 that a float can hold: Python's JSON has NaN, Infinity and endless digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def flag(config: Mapping[str, Any], field: str) -> bool:
@@ -122,7 +128,7 @@ def _scaling(field: str, settings: Any) -> Llama3Scaling | None:
         raise CheckpointError(f"config.json: {field} {settings!r} is not an object")
     kind = settings.get("rope_type", settings.get("type", "default"))
     known = {"default": (), "llama3": _LLAMA3}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(
             f"config.json: {field} of type {kind!r}: of rope scalings only 'llama3' is supported, which is Llama 3.1's"
         )
@@ -149,11 +155,12 @@ def _rotary_base(config: Mapping[str, Any], default: int | None) -> int:
     places = {"rope_theta": config.get("rope_theta")}
     places |= {f"{field}.rope_theta": (config.get(field) or {}).get("rope_theta") for field in _ROPE_FIELDS}
     said = {place: value for place, value in places.items() if value is not None}
+    for place, value in said.items():
+        if not _is_positive(value) or value != int(value):
+            raise CheckpointError(f"config.json: {place} {value!r} is not a positive whole number")
     if len(set(said.values())) > 1:
         raise CheckpointError("config.json: " + ", but ".join(f"{place} is {value}" for place, value in said.items()))
     theta = next(iter(said.values()), default)
     if theta is None:
         raise CheckpointError("config.json: rope_theta is missing (neither at the top nor in rope_parameters)")
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf or theta != int(theta):
-        raise CheckpointError(f"config.json: rope_theta {theta!r} is not a positive whole number")
     return int(theta)

@@ -134,12 +134,15 @@ _ROTARY_BUFFERS = IgnoredTensors(
 def _check_qwen_windows(config: Mapping[str, Any]) -> None:
     """Qwen slides the windows of the layers that `layer_types` names or, in files of older releases, of those from
     `max_window_layers` on, where `use_sliding_window` says so."""
-    other_layers = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+        raise CheckpointError(f"config.json: layer_types {layer_types!r} is no list of names")
+    other_layers = sorted(set(layer_types) - {"full_attention"})
     if other_layers:
         raise CheckpointError(
             f"config.json: layer_types has {', '.join(other_layers)}: only full_attention is supported"
         )
-    if not flag(config, "use_sliding_window") or config.get("sliding_window") is None or config.get("layer_types"):
+    if not flag(config, "use_sliding_window") or config.get("sliding_window") is None or layer_types:
         return
     layers = whole_number(config, "num_hidden_layers")
     first = config.get("max_window_layers") and whole_number(config, "max_window_layers")

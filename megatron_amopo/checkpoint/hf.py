@@ -103,7 +103,7 @@ def _indexed_tensors(path: Path, kind: _Format) -> tuple[dict[str, StoredTensor]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The fields of `folder`/config.json; CheckpointError where it can't be had."""
+    """The fields of `folder`/config.json; CheckpointError where it can't be had or its dtype is no name."""
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such folder (give a downloaded model, not its name on the hub)")
     check_folder(folder)
@@ -111,7 +111,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = "; it looks like a Megatron checkpoint: are the two arguments swapped?"
         swapped = (folder / "hf" / CONFIG).is_file()
         raise CheckpointError(f"{folder}: no {CONFIG}: not a Hugging Face model folder{hint if swapped else ''}")
-    return read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    config_dtype(config)  # an import doesn't need it, the export does
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -128,8 +130,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def config_dtype(config: Mapping[str, Any]) -> str | None:
-    """The type of the weights as config.json says it ('bfloat16'), in transformers 4's or 5's spelling."""
-    return config.get("dtype") or config.get("torch_dtype")
+    """The type of the weights as config.json says it ('bfloat16'), in transformers 4's or 5's spelling.
+
+    Raises:
+        CheckpointError: it is no name.
+    """
+    field = "dtype" if config.get("dtype") else "torch_dtype"
+    dtype = config.get(field) or None
+    if not (dtype is None or isinstance(dtype, str)):
+        raise CheckpointError(f"config.json: {field} {dtype!r} is not the name of a type")
+    return dtype
 
 
 def copy_side_files(source: Path, target: Path) -> None:

@@ -225,8 +225,16 @@ class _Sink:
             raise DataError(self._report.why_nothing_is_left())
         for split, count in self._report.kept.items():
             if not count:
-                what = "--validation-file" if self._options.validation_file else "--validation-fraction or --seed"
-                raise DataError(f"no record is left for {split} ({self.next_id} in all, split by prompt); see {what}")
+                raise DataError(f"no record is left for {split} ({self.next_id} in all); {self._why_empty()}")
+
+    def _why_empty(self) -> str:
+        """Why a split has none, and what to do."""
+        if self._options.validation_file:
+            return f"see --validation-file {self._options.validation_file}"
+        return (
+            f"--validation-fraction {self._options.validation_fraction} is drawn for each prompt by --seed "
+            f"{self._options.seed}, and there are few: take another fraction or seed, or name a --validation-file"
+        )
 
 
 def _inspect(options: PrepareOptions) -> list[_Input]:

@@ -12,8 +12,10 @@ import math
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training.arguments import parse_args, validate_args
 
@@ -170,6 +172,16 @@ def add_amopo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """A line in the place of argparse's usage: Megatron's is hundreds of lines long, and every rank would print it."""
+    known = list(parser._option_string_actions)
+    unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    if message.startswith("unrecognized arguments"):
+        meant = dict.fromkeys(close for word in unknown for close in get_close_matches(word, known, n=1))
+        message += f"; did you mean {', '.join(meant)}?" if meant else ""
+    raise ConfigError(f"{message} (--help lists the flags)")
+
+
 def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     """Megatron's validated arguments and our configuration.
 
@@ -181,6 +193,7 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
     def extra_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         add_amopo_arguments(parser)
         flags.extend(read_flags(parser))
+        parser.error = partial(_refuse, parser)  # type: ignore[method-assign]
         return parser
 
     args = parse_args(extra_arguments)

@@ -18,6 +18,7 @@ import torch
 
 from megatron_amopo import device
 from megatron_amopo.checkpoint.families import SequenceLimit, parameter_table
+from megatron_amopo.checkpoint.hf_files import CONFIG
 from megatron_amopo.checkpoint.iterations import current_iteration, holds_checkpoint, leftovers
 from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.data.manifest import Manifest
@@ -296,6 +297,10 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
                 f"--save {save} holds a run already: go on with it by --load {save} (without --finetune), or name "
                 "another folder"
             )
+        if holds_weights(save):
+            raise ConfigError(
+                f"--save {save} is a model's folder: a run's files would be mixed with its own. Name another folder"
+            )
         hf, source = save / "hf", checkpoint / "hf"
         resumed = source.is_dir() and hf.is_dir() and hf.samefile(source)  # stays as it is
         if not resumed and not is_replaceable(hf):
@@ -318,6 +323,13 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
                 pass
         except OSError as error:
             raise ConfigError(f"{flag} {folder}: can't be written to ({error.strerror})") from error
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether weights, or a model's config.json, lie in the folder itself."""
+    if not folder.is_dir():
+        return False
+    return (folder / CONFIG).exists() or any(path.suffix in _WEIGHTS for path in folder.iterdir() if path.is_file())
 
 
 def is_replaceable(hf: Path) -> bool:

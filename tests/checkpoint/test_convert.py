@@ -93,6 +93,14 @@ def test_stored_types_on_demand_and_where_there_is_no_record(make_folder: MakeFo
     assert [path.name for path in (tmp_path / "unrecorded").glob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_a_type_that_is_none(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """The tool's parser refuses it first; a program that calls the function has only this."""
+    hf_to_megatron(make_folder(), tmp_path / "megatron")
+    with pytest.raises(CheckpointError, match="--dtype int8: not one of original, stored, "):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "back", dtype="int8")
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -332,10 +340,15 @@ def test_what_may_not_be_read_of_a_checkpoint(
 
 
 def test_too_little_room_on_the_disk(make_folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = make_folder()
+    original, megatron = make_folder(), tmp_path / "megatron"
+    hf_to_megatron(original, megatron)
+    before = all_files(tmp_path)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(CheckpointError, match=r"0\.1 GiB are needed, 0\.0 GiB are free"):
-        hf_to_megatron(original, tmp_path / "megatron")
+        hf_to_megatron(original, tmp_path / "again")
+    with pytest.raises(CheckpointError, match=r"0\.1 GiB are needed, 0\.0 GiB are free"):
+        megatron_to_hf(megatron, tmp_path / "back")
+    assert all_files(tmp_path) == before
 
 
 def test_no_checkpoint_in_the_folder(make_folder: MakeFolder, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from megatron_amopo.checkpoint.families import (
 from megatron_amopo.checkpoint.parameters import Parameter, hf_shapes
 from megatron_amopo.errors import CheckpointError
 from megatron_amopo.model.rotary import Llama3Scaling
-from tests.support.published_configs import PUBLISHED
+from tests.support.published_configs import PUBLISHED, Published
 from tests.support.shared import SHARED_DATA
 
 REAL_CONFIGS = SHARED_DATA / "qwen2.5-configs"
@@ -32,6 +32,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+# What json.loads gives for NaN and Infinity, and a whole number that no float can hold.
+NAN, INF, HUGE = math.nan, math.inf, 10**400
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -61,6 +64,75 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {**CONFIG, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
     "llama": {**_SHARED, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "pretraining_tp": 1},
     "mistral": {**_SHARED, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32},
+}
+
+
+# Further sizes of published models: the fields in which a file differs from that of its smaller neighbour.
+_QWEN3_4B = {"num_hidden_layers": 36, "hidden_size": 2560, "intermediate_size": 9728, "max_window_layers": 36}
+_QWEN3_14B = {
+    "num_hidden_layers": 40,
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "num_attention_heads": 40,
+    "max_window_layers": 40,
+}
+_LLAMA2_13B = {
+    "_name_or_path": "meta-llama/Llama-2-13b-hf",
+    "num_hidden_layers": 40,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+_LLAMA_70B = {
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+_QWEN2_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.37.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+def resized(name: str, parameters: int, changes: dict[str, Any]) -> Published:
+    """A published model of the same family, head and base as the one of that name."""
+    known = PUBLISHED[name]
+    return Published(parameters, known.head, known.rotary_base, {**known.config, **changes})
+
+
+MODELS = {
+    **PUBLISHED,
+    "Qwen2-7B": Published(7_615_616_512, 128, 1_000_000, _QWEN2_7B),
+    "Qwen3-1.7B": resized("Qwen3-0.6B", 1_720_574_976, {"hidden_size": 2048, "intermediate_size": 6144}),
+    "Qwen3-4B": resized("Qwen3-0.6B", 4_022_468_096, {**_QWEN3_4B, "num_attention_heads": 32}),
+    "Qwen3-14B": resized("Qwen3-8B", 14_768_307_200, _QWEN3_14B),
+    "Llama-2-13b": resized("Llama-2-7b", 13_015_864_320, _LLAMA2_13B),
+    "Llama-2-70b": resized("Llama-2-7b", 68_976_648_192, {**_LLAMA_70B, "_name_or_path": "meta-llama/Llama-2-70b-hf"}),
+    "Llama-3.1-70B": resized("Llama-3.1-8B-Instruct", 70_553_706_496, {**_LLAMA_70B, "eos_token_id": 128001}),
 }
 
 
@@ -120,21 +192,46 @@ def test_head_dim_and_missing_key_value_heads() -> None:
         ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 1000000.0, but rope_parameters.rope_theta is 1000"),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, r"rope_scaling\.factor is missing"),
-        ({"rope_scaling": {**LLAMA3, "factor": "8"}}, r"rope_scaling\.factor '8' is not a positive number"),
+        ({"rope_scaling": {**LLAMA3, "factor": "8"}}, r"rope_scaling\.factor '8' is not a finite number above 0"),
+        ({"rope_scaling": {**LLAMA3, "factor": INF}}, r"rope_scaling\.factor inf is not a finite number above 0"),
+        ({"rope_scaling": {**LLAMA3, "factor": HUGE}}, r"rope_scaling\.factor 10+ is not a finite number above 0"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": NAN}}, r"rope_scaling\.low_freq_factor nan is not"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": NAN}}, r"rope_scaling\.high_freq_factor nan is not"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": HUGE}}, r"rope_scaling\.high_freq_factor 10+ is not"),
+        ({"rope_scaling": {**LLAMA3, "rope_type": ["llama3"]}}, r"rope_scaling of type \['llama3'\]"),
+        ({"rope_parameters": {"rope_type": {}, "rope_theta": 1e6}}, r"rope_parameters of type \{\}"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "low_freq_factor must be below high_freq_factor"),
         ({"rope_scaling": {**LLAMA3, "attention_factor": 2.0}}, "rope_scaling has attention_factor"),
         ({"rope_scaling": LLAMA3, "rope_parameters": {**LLAMA3, "factor": 2.0}}, "contradicts rope_parameters"),
         ({"rope_theta": None}, "rope_theta is missing"),
         ({"rope_theta": 1000.5}, "rope_theta 1000.5"),
+        ({"max_position_embeddings": HUGE}, "max_position_embeddings 10+ is not a positive whole number of at most 64"),
+        ({"rope_theta": [1]}, r"rope_theta \[1\] is not a positive whole number"),
+        ({"rope_theta": {}}, r"rope_theta \{\} is not a positive whole number"),
+        ({"rope_theta": True}, "rope_theta True is not a positive whole number"),
+        ({"rope_theta": NAN}, "rope_theta nan is not a positive whole number"),
+        ({"rope_theta": HUGE}, "rope_theta 10+ is not a positive whole number"),
+        ({"rope_parameters": {"rope_theta": [1]}}, r"rope_parameters\.rope_theta \[1\] is not a positive whole"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"use_sliding_window": "no"}, "use_sliding_window 'no' is neither true nor false"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"layer_types": [1]}, r"layer_types \[1\] is no list of names"),
+        ({"layer_types": [["full_attention"]]}, r"layer_types \[\['full_attention'\]\] is no list of names"),
+        ({"layer_types": 5}, "layer_types 5 is no list of names"),
+        ({"layer_types": True}, "layer_types True is no list of names"),
+        ({"layer_types": 1.5}, "layer_types 1.5 is no list of names"),
+        ({"layer_types": "full_attention"}, "layer_types 'full_attention' is no list of names"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"num_attention_heads": 6}, "hidden_size 64 is not a multiple of num_attention_heads 6"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps 'small'"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps 0 is not a finite number above 0"),
+        ({"rms_norm_eps": NAN}, "rms_norm_eps nan is not a finite number above 0"),
+        ({"rms_norm_eps": INF}, "rms_norm_eps inf is not a finite number above 0"),
+        ({"rms_norm_eps": HUGE}, "rms_norm_eps 10+ is not a finite number above 0"),
+        ({"initializer_range": HUGE}, "initializer_range 10+ is not a finite number above 0"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings 1 is neither true nor false"),
         (
             {"dual_chunk_attention_config": {"chunk_size": 8}},
@@ -246,12 +343,12 @@ def test_names_shapes_and_order_are_those_of_transformers(family: str, tied: boo
     assert bool(tied_copies(config)) == tied
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", MODELS)
 def test_published_models(name: str, tmp_path: Path) -> None:
     """Read as expected in the published spelling, and the same in the one in which transformers saves it today."""
     from transformers import AutoConfig
 
-    published = PUBLISHED[name]
+    published = MODELS[name]
     arguments = megatron_arguments(published.config)
     assert arguments["num_layers"] == published.config["num_hidden_layers"]
     assert (arguments["kv_channels"], arguments["rotary_base"]) == (published.head, published.rotary_base)

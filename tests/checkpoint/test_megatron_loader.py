@@ -30,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tied=kind.tied,
             dtype=kind.dtype,
             max_shard_size="100KB" if kind.tied else "1GB",
-            **({} if kind.family == "qwen2" else {"head_dim": loader_ranks.HEAD}),
+            **({} if kind.family == "qwen2" else {"head_dim": kind.head}),
         )
         # As a large model's: several chunks of every matrix, several data files.
         with pytest.MonkeyPatch.context() as patch:

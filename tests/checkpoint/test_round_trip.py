@@ -60,6 +60,20 @@ def test_shapes_at_the_edges(
     assert all_files(tmp_path / "back") == all_files(original)
 
 
+@pytest.mark.parametrize("family", TENSORS_OF_A_LAYER)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_checkpoint_does_not_depend_on_the_shards(
+    make_folder: MakeFolder, small_parts: None, tmp_path: Path, family: str, tied: bool, dtype: torch.dtype
+) -> None:
+    """What any layout loads from a folder of one file, it loads from one of three."""
+    for shards, size in {1: 10**9, 3: dtype.itemsize * 50_000}.items():
+        folder = make_folder(f"hf-{shards}", family=family, tied=tied, dtype=dtype, max_shard_size=size)
+        assert len(list(folder.glob("*.safetensors"))) == shards
+        hf_to_megatron(folder, tmp_path / str(shards))
+    assert all_files(tmp_path / "1" / "release") == all_files(tmp_path / "3" / "release")
+
+
 def test_the_checkpoint_does_not_depend_on_the_workers(
     make_folder: MakeFolder, small_parts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

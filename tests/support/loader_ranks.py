@@ -25,19 +25,31 @@ class Model:
     dtype: torch.dtype
     qkv_bias: bool = False
     qk_norms: bool = False
+    head: int = 8  # HIDDEN / HEADS; else said in config.json
 
 
 MODELS = {
     f"{family}-{'tied' if tied else 'untied'}-{dtype_name(dtype)}": Model(family, tied, dtype, **own)
-    for family, own in {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norms": True}, "llama": {}, "mistral": {}}.items()
+    for family, own in {
+        "qwen2": {"qkv_bias": True},
+        "qwen3": {"qk_norms": True, "head": 16},
+        "llama": {},
+        "mistral": {},
+    }.items()
     for tied in (True, False)
     for dtype in (torch.bfloat16, torch.float32)
 }
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
 # Saving takes most of the time, so it is done where it differs most: tied embeddings have a copy on the last stage.
-SAVED = (("qwen2-tied-float32", 1, 2), ("qwen2-untied-bfloat16", 2, 2), ("qwen3-untied-bfloat16", 2, 2))
+SAVED = (
+    ("qwen2-tied-float32", 1, 2),
+    ("qwen2-untied-bfloat16", 2, 2),
+    ("qwen3-untied-bfloat16", 2, 2),
+    ("llama-tied-bfloat16", 2, 2),
+    ("mistral-untied-float32", 2, 1),
+)
 RANKS = 4
-HIDDEN, FFN, HEADS, GROUPS, HEAD = 64, 96, 8, 2, 8
+HIDDEN, FFN, HEADS, GROUPS = 64, 96, 8, 2
 PADDED_VOCABULARY = 256
 
 
@@ -79,7 +91,7 @@ def _load_and_compare(folder: Path, tp: int, pp: int, kind: Model, layers: int) 
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     first_layer = parallel_state.get_pipeline_model_parallel_rank() * (layers // pp)
     for name, parameter in model.named_parameters():
-        expected = expected_part(name, tensors, tp, tp_rank, first_layer)
+        expected = expected_part(name, tensors, tp, tp_rank, first_layer, kind.head)
         assert torch.equal(parameter, expected.float()), f"{folder.name} TP {tp} PP {pp}: {name}"
     return model
 
@@ -114,7 +126,7 @@ def _model(tp: int, pp: int, kind: Model, layers: int) -> Any:
         ffn_hidden_size=FFN,
         num_attention_heads=HEADS,
         num_query_groups=GROUPS,
-        kv_channels=HEAD,
+        kv_channels=kind.head,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         pipeline_dtype=torch.float32,
@@ -160,7 +172,9 @@ def _renamed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return state
 
 
-def expected_part(name: str, tensors: dict[str, torch.Tensor], tp: int, tp_rank: int, first_layer: int) -> torch.Tensor:
+def expected_part(
+    name: str, tensors: dict[str, torch.Tensor], tp: int, tp_rank: int, first_layer: int, head: int
+) -> torch.Tensor:
     """One rank's part of a Megatron parameter (local layer specification), cut from Hugging Face tensors step by
     step."""
 
@@ -200,7 +214,7 @@ def expected_part(name: str, tensors: dict[str, torch.Tensor], tp: int, tp_rank:
     heads_per_group = HEADS // GROUPS
     parts = []
     for group in range(tp_rank * GROUPS // tp, (tp_rank + 1) * GROUPS // tp):
-        parts.append(query[group * heads_per_group * HEAD : (group + 1) * heads_per_group * HEAD])
-        parts.append(key[group * HEAD : (group + 1) * HEAD])
-        parts.append(value[group * HEAD : (group + 1) * HEAD])
+        parts.append(query[group * heads_per_group * head : (group + 1) * heads_per_group * head])
+        parts.append(key[group * head : (group + 1) * head])
+        parts.append(value[group * head : (group + 1) * head])
     return torch.cat(parts)

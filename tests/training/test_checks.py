@@ -83,6 +83,16 @@ def test_a_models_own_folder_is_not_taken_for_a_runs(tmp_path):
         check_outputs(outputs(hf.parent), hf)
     check_outputs(outputs(hf.parent), hf.parent)  # resumed from there: nothing is replaced
 
+    own = tmp_path / "model"
+    own.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"):
+        (own / name).write_text("{}")
+        with pytest.raises(ConfigError, match=r"--save .*model is a model's folder"):
+            check_outputs(outputs(own), tmp_path)
+        (own / name).unlink()
+    (own / "notes.txt").write_text("mine")
+    check_outputs(outputs(own), tmp_path)
+
     source = tmp_path / "source"
     source.mkdir()
     with pytest.raises(CheckpointError, match="is left alone: name another --save"):
