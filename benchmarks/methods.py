@@ -45,6 +45,7 @@ from megatron_amopo.objectives.statistics import response_statistics
 
 NONE, CACHED, SECOND = "no reference", "reference cached", "second model"
 EPOCHS = 3
+PEAKS = 3  # of memory, of which the median is taken
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,12 @@ def measure(
 
     extra_bytes = {}
     for name, step in steps.items():
-        models.megatron.zero_grad(set_to_none=True)
-        step()  # what it keeps for good
-        models.megatron.zero_grad(set_to_none=True)
-        extra_bytes[name] = peak_extra_memory(step) + (weight_bytes if kinds[name][1] == SECOND else 0)
+        peaks = []
+        for _ in range(1 + PEAKS):
+            models.megatron.zero_grad(set_to_none=True)
+            peaks.append(peak_extra_memory(step))
+        # Without the first, which makes what is kept for good; resident memory is more or less from call to call.
+        extra_bytes[name] = statistics.median_low(peaks[1:]) + (weight_bytes if kinds[name][1] == SECOND else 0)
     seconds = time_interleaved({**steps, **{f"fill/{name}": fill for name, fill in fills.items()}}, repetitions)
     return {name: Result(*kinds[name], seconds[name], seconds.get(f"fill/{name}"), extra_bytes[name]) for name in steps}
 

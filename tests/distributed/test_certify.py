@@ -54,7 +54,7 @@ def test_a_wrong_result_is_found(ranks, tmp_path, capsys, job, comparison, excee
     assert not entry["passed"]
     assert set(entry["exceeded"]) >= exceeded
     if comparison is not None:
-        assert any(entry[comparison][kind] > entry["limits"][kind] for kind in exceeded)
+        assert {kind for kind in exceeded if entry[comparison][kind] > entry["limits"][kind]} == exceeded
     assert "**0 of 1 layouts passed.**" in page
     assert "**failed**" in page
     assert "tp2: " in capsys.readouterr().err

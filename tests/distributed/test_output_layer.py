@@ -46,20 +46,33 @@ def test_stale_gathered_weights_would_be_noticed(ranks, workplace, tmp_path):
     assert metrics(tmp_path) == []
 
 
+# 5 steps of 8 micro-batches through 4 layers, of which each has 4 weights.
+MICRO_BATCHES, WEIGHTS = 40, 16
+
+
 @pytest.mark.parametrize(
-    ("num_ranks", "layout", "tied", "head_calls"),
+    ("num_ranks", "layout", "tied", "head_calls", "kernel_calls"),
     [
-        (1, [], True, [40]),  # 5 steps of 8 micro-batches
-        (2, [*TP2, "--sequence-parallel"], False, [40, 40]),
-        (4, [*PP2, *SMALL_BUCKETS], True, [0, 0, 20, 20]),
+        (1, [], True, [MICRO_BATCHES], MICRO_BATCHES * WEIGHTS),
+        (2, [*TP2, "--sequence-parallel"], False, [MICRO_BATCHES] * 2, MICRO_BATCHES * WEIGHTS),
+        (4, [*PP2, *SMALL_BUCKETS], True, [0, 0, *[MICRO_BATCHES // 2] * 2], MICRO_BATCHES // 2 * WEIGHTS // 2),
     ],
     ids=["one-rank-tied", "tp2-sp-untied", "pp2-dp2-overlap-tied"],
 )
-def test_fused_weight_gradients(num_ranks, layout, tied, head_calls, ranks, workplace, one_rank, tmp_path):
+def test_fused_weight_gradients(
+    num_ranks, layout, tied, head_calls, kernel_calls, ranks, workplace, one_rank, tmp_path
+):
     """Gradient accumulation fusion equals autograd's gradients, the head's and, if tied, the embedding's added up."""
     optimizer = SGD_BY_ADAM if "--use-distributed-optimizer" in layout else SGD
     reference = one_rank(tied=tied, optimizer=optimizer)
     arguments = flags(workplace, tmp_path, *optimizer, *layout, tied=tied)
     results = ranks.run(train_with_fused_weight_gradients, num_ranks, arguments)
-    check(results[0][0], tmp_path, *reference)
-    assert [calls for _, calls in results] == head_calls
+    check(results[0].run, tmp_path, *reference)
+    assert [result.by_head for result in results] == head_calls
+    assert [result.by_kernel for result in results] == [kernel_calls] * num_ranks
+
+
+def test_the_kernel_is_called_under_fusion_alone(ranks, workplace, tmp_path):
+    """The head adds to ``main_grad`` either way."""
+    result = ranks.run(train_with_fused_weight_gradients, 1, flags(workplace, tmp_path, *SGD), fused=False)[0]
+    assert (result.by_kernel, result.by_head) == (0, MICRO_BATCHES)

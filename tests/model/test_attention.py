@@ -1,5 +1,6 @@
 """Packed attention against a dense mask written out token by token, in float64, values and gradients."""
 
+import functools
 import importlib.util
 import sys
 from types import SimpleNamespace
@@ -116,14 +117,18 @@ def flash_attn_varlen_func(
 ):
     """FlashAttention-3's by its documentation: fewer KV heads, causal at the bottom right, lengths that bound."""
     assert (causal, deterministic) == (True, False)
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    return by_offsets(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, enable_gqa=True)
+
+
+def by_offsets(q, k, v, cu_q, cu_k, max_q, max_k, scale, *, enable_gqa):
+    """What variable-length kernels compute of the pieces between offsets, causal at the bottom right."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
     outputs = []
-    for a, b, c, d in zip(cu_seqlens_q, cu_seqlens_q[1:], cu_seqlens_k, cu_seqlens_k[1:], strict=False):
-        assert b - a <= max_seqlen_q
-        assert d - c <= max_seqlen_k
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
         mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(int(d - c - (b - a)))
         heads_first = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
-        attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
         outputs.append(attended[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -140,6 +145,66 @@ def test_flash3_is_called_as_documented(monkeypatch, gives_log_sum_exp):
     segments, num_tokens = packed("tree")
     tensors = inputs(num_tokens)
     torch.testing.assert_close(flash3_attention(*tensors, segments, scale=0.3), dense(*tensors, segments, 0.3))
+
+
+def varlen_attn_with_is_causal(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None, *, scale=None):
+    assert is_causal is True
+    return varlen_of_equal_heads(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+
+
+def varlen_attn_with_window(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), seqused_k=None
+):
+    assert window_size == (-1, 0)
+    return varlen_of_equal_heads(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+
+
+def varlen_attn_with_gqa(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert window_size == (-1, 0)
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    # One tensor for both would be attention of equal lengths, its mask aligned at the top left.
+    assert cu_q is not cu_k
+    assert k.shape[1] == v.shape[1] <= q.shape[1]
+    return by_offsets(q, k, v, cu_q, cu_k, max_q, max_k, scale, enable_gqa=enable_gqa)
+
+
+def varlen_of_equal_heads(q, k, v, *rest):
+    assert q.shape[1] == k.shape[1] == v.shape[1]
+    return by_offsets(q, k, v, *rest, enable_gqa=False)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("kv_heads", [KV_HEADS, HEADS])
+@pytest.mark.parametrize(
+    "stand_in", [varlen_attn_with_is_causal, varlen_attn_with_window, varlen_attn_with_gqa], ids=lambda f: f.__name__
+)
+def test_varlen_is_called_as_its_signature_says(monkeypatch, stand_in, kv_heads, table):
+    """torch's function in its three signatures, oldest first, on stand-ins, because it has no CPU kernel; values and
+    gradients equal the reference backend's.
+    """
+    calls = []
+
+    @functools.wraps(stand_in)  # its signature, too
+    def recorded(*args, **options):
+        calls.append(options["scale"])
+        return stand_in(*args, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", recorded)
+    segments, num_tokens = TABLES[table]()
+    q, k, v = inputs(num_tokens)
+    if kv_heads != KV_HEADS:
+        k, v = (torch.cat([x, 0.5 * x.flip(0)], dim=1).detach().requires_grad_() for x in (k, v))
+    for scale in (None, 0.3):
+        actual, expected = (
+            backend(q, k, v, segments, scale=scale) for backend in (varlen_attention, per_branch_attention)
+        )
+        incoming = torch.randn(actual.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        gradients, references = (torch.autograd.grad(x, (q, k, v), incoming) for x in (actual, expected))
+        for left, right in zip((actual, *gradients), (expected, *references), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+    assert calls == [None, 0.3]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 against float64 over several ranks are in ``tests/distributed``, the arithmetic on a block in ``test_head_blocks.py``.
 """
 
+import gc
 import re
 
 import pytest
@@ -33,24 +34,57 @@ def values_and_gradients(function, hidden, weight, incoming):
     return values.detach(), *torch.autograd.grad(values, (hidden, weight), incoming.to(values.dtype))
 
 
-@pytest.mark.parametrize("blocks", [None, Blocks(300, 128)], ids=["one block", "blocks of columns"])
-@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-def test_low_precision_is_no_less_exact_than_plain(dtype, blocks):
-    """Distance from float64 of log-probabilities and both gradients, ours and the plain implementation's with the same
-    products and float32 softmax. Equal but for the order of sums, hence one per cent.
-    """
+def low_precision_case(dtype):
+    """Inputs, the incoming gradient, and values and gradients by the plain implementation: in float64, in dtype."""
     hidden, weight, targets = inputs(rows=300, hidden=64, vocab=1000, dtype=dtype)
     targets[::2] = (hidden @ weight.t()).argmax(-1)[::2]  # likely and unlikely tokens
     incoming = torch.linspace(-1, 3, len(targets))
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = values_and_gradients(lambda h, w: plain(h, w, targets), *wide, incoming)
     theirs = values_and_gradients(lambda h, w: plain(h, w, targets), hidden, weight, incoming)
-    ours = values_and_gradients(lambda h, w: response_logps(h, w, targets, blocks=blocks), hidden, weight, incoming)
-    assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
+    return hidden, weight, targets, incoming, exact, theirs
+
+
+def assert_no_less_exact(ours, theirs, exact):
     for mine, their, reference in zip(ours, theirs, exact, strict=True):
         error, allowed = ((x.double() - reference).norm() for x in (mine, their))
         assert 0 < error <= 1.01 * allowed
         assert error < 0.02 * reference.norm()
+
+
+@pytest.mark.parametrize("blocks", [None, Blocks(300, 128)], ids=["one block", "blocks of columns"])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_low_precision_is_no_less_exact_than_plain(dtype, blocks):
+    """Distance from float64 of log-probabilities and both gradients, ours and the plain implementation's with the same
+    products and float32 softmax. Equal but for the order of sums, hence one per cent.
+    """
+    hidden, weight, targets, incoming, exact, theirs = low_precision_case(dtype)
+    ours = values_and_gradients(lambda h, w: response_logps(h, w, targets, blocks=blocks), hidden, weight, incoming)
+    assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
+    assert_no_less_exact(ours, theirs, exact)
+
+
+@pytest.mark.parametrize("blocks", [None, Blocks(70, 128)], ids=["one block", "blocks of rows and columns"])
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+def test_low_precision_into_main_grad_is_no_less_exact_than_plain(dtype, blocks):
+    """The same as training has it, the weight's gradient in a float32 ``main_grad``: no less exact than one product of
+    plain's gradient of logits that comes out in float32.
+    """
+    hidden, weight, targets, incoming, exact, theirs = low_precision_case(dtype)
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    logps = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    (grad_logits,) = torch.autograd.grad(logps, logits, incoming)
+    assert grad_logits.dtype == dtype
+    in_float32 = grad_logits.float().t() @ hidden.detach().float()
+    distance, rounded = ((x.double() - exact[2]).norm() for x in (in_float32, theirs[2]))
+    assert distance < 0.9 * rounded  # so a product that is rounded on its way would be noticed
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    values = response_logps(hidden, weight, targets, blocks=blocks)
+    grad_hidden, placeholder = torch.autograd.grad(values, (hidden, weight), incoming, allow_unused=True)
+    assert placeholder is None
+    ours = (values.detach(), grad_hidden, weight.main_grad)
+    assert [x.dtype for x in ours] == [torch.float32, dtype, torch.float32]
+    assert_no_less_exact(ours, (*theirs[:2], in_float32), exact)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
@@ -123,13 +157,28 @@ def test_frozen_weight_gets_no_gradient():
     assert not weight.main_grad.any()
 
 
-def test_keeps_nothing_of_size_rows_by_vocabulary():
+@pytest.mark.parametrize("into_main_grad", [False, True])
+def test_keeps_nothing_of_size_rows_by_vocabulary(into_main_grad):
+    """Neither among what autograd saves nor anywhere else: of memory that a tensor holds, whatever its own size."""
     hidden, weight, targets = inputs()
+    if into_main_grad:
+        weight.main_grad = torch.zeros_like(weight)
+    assert hidden.numel() < weight.numel() < len(targets) * len(weight)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        response_logps(hidden, weight, targets)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        before = living_tensors()  # and held here, so that no new one has an old one's id
+        known = {id(tensor) for tensor in before}
+        logps = response_logps(hidden, weight, targets)
+    # Attributes of the autograd node and what they refer to are among the living.
+    kept = [tensor for tensor in living_tensors() if id(tensor) not in known]
     assert saved
-    assert max(saved) <= max(hidden.numel(), weight.numel())
+    assert any(tensor is logps for tensor in kept)
+    assert max(tensor.untyped_storage().nbytes() for tensor in (*saved, *kept)) <= weight.nbytes
+
+
+def living_tensors():
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
 def test_logits_exist_in_the_buffer_alone(monkeypatch):

@@ -4,6 +4,7 @@ data parallelism or kernels are replaced by stricter or plainer ones.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -63,18 +64,36 @@ def head_and_loss(
 
 
 def collectives_of_the_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, list]:
-    """Which collectives one forward and backward pass of the head issues: (operation, shape)."""
+    """Which collectives one forward and backward pass of the head issues: (operation, shape). All of them, by whatever
+    function: each passes torch's dispatcher.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
     from megatron_amopo.model import response_logps
     from megatron_amopo.model.logprobs import Blocks
 
     calls: dict[str, list] = {"forward": [], "backward": []}
-    phase, original = "forward", dist.all_reduce
+    phase, reduction, original = "forward", "", dist.all_reduce
 
-    def counting(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **options: Any) -> Any:
-        calls[phase].append((str(op).rsplit(".", 1)[-1], tuple(tensor.shape)))
-        return original(tensor, op=op, **options)
+    # The dispatcher's operator doesn't tell which reduction it is.
+    def named(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **options: Any) -> Any:
+        nonlocal reduction
+        reduction = str(op).rsplit(".", 1)[-1]
+        try:
+            return original(tensor, op=op, **options)
+        finally:
+            reduction = ""
 
-    with sharded_weight(weight) as (group, local), patch.object(dist, "all_reduce", counting):
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace in ("c10d", "_c10d_functional"):
+                name = reduction or func.overloadpacket.__name__
+                shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+                calls[phase].append((name, *shapes))
+            return func(*args, **(kwargs or {}))
+
+    with sharded_weight(weight) as (group, local), patch.object(dist, "all_reduce", named), Recorded():
         hidden = hidden.clone().requires_grad_()
         values = response_logps(hidden, local, targets, tp_group=group, blocks=Blocks(5, 50))
         phase = "backward"
@@ -123,24 +142,40 @@ def train_with_late_weights(flags: list[str], *, outside_the_call: bool = False)
         return train(flags)
 
 
-def train_with_fused_weight_gradients(flags: list[str]) -> tuple[TrainedRun, int]:
-    """A training run under gradient accumulation fusion, apex' kernel being replaced by a plain one; and how often the
-    head's weight gradient went into ``main_grad``.
+@dataclass(frozen=True)
+class FusedRun:
+    """A training run, and how often a weight's gradient went into ``main_grad`` on this rank."""
+
+    run: TrainedRun
+    by_kernel: int
+    by_head: int
+
+
+def train_with_fused_weight_gradients(flags: list[str], *, fused: bool = True) -> FusedRun:
+    """A training run under gradient accumulation fusion, apex' kernel being replaced by a plain one.
+
+    Args:
+        flags: of the training command.
+        fused: False has the kernel at hand and doesn't ask for it.
     """
     from megatron.core.tensor_parallel import layers
 
     from megatron_amopo import device
     from megatron_amopo.model import logprobs
 
+    kernel_calls = 0
+
     def add_weight_gradient(inputs: Tensor, grad_outputs: Tensor, main_grad: Tensor) -> None:
+        nonlocal kernel_calls
+        kernel_calls += 1
         main_grad.addmm_(grad_outputs.t().to(main_grad.dtype), inputs.to(main_grad.dtype))
 
     kernels = SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient, wgrad_gemm_accum_fp16=add_weight_gradient)
     with (
         patch.object(layers, "_grad_accum_fusion_available", True),
         patch.object(layers, "fused_weight_gradient_mlp_cuda", kernels, create=True),
-        patch.dict(device.CPU_ARGUMENTS, gradient_accumulation_fusion=True),
+        patch.dict(device.CPU_ARGUMENTS, gradient_accumulation_fusion=fused),
         patch.object(logprobs, "_placeholder", wraps=logprobs._placeholder) as placeholder,
     ):
         run = train(flags)
-    return run, placeholder.call_count
+    return FusedRun(run, by_kernel=kernel_calls, by_head=placeholder.call_count)
