@@ -9,6 +9,7 @@ it is paid once. Prints a table and writes a folder with it and a plot.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
