@@ -235,5 +235,6 @@ def run_step(model: torch.nn.Module, losses: Sequence[Callable[[], Tensor]]) -> 
 
 def _gradient_norm(model: torch.nn.Module) -> float:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    # In float64: a float32 sum over millions of entries is only exact to some 1e-5.
-    return torch.nn.utils.get_total_norm([gradient.double() for gradient in gradients]).item()
+    # Summed in float64: a float32 sum over millions of entries is only exact to some 1e-5.
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+    return torch.stack(norms).norm().item()

@@ -131,7 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shapes = {name: SHAPES[name] for name in args.shapes}
     if args.config is not None:
         shapes = {args.config.stem: ModelSlice.of(args.config, 1)}
-    peak = device_peak_tflops(args.peak_tflops, torch.bfloat16)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         groups = source_of(args, args.data).prepare(Path(folder, "data"))
@@ -139,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = [groups[index] for index in chosen]
         for name, shape in shapes.items():
             results[name] = measure(shape, records, groups.dimensions, args.micro_batch_size, args.repetitions)
+    peak = device_peak_tflops(args.peak_tflops, torch.bfloat16)
     text = report(shapes, results, peak)
     print(text)
     write_results(

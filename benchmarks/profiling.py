@@ -1,9 +1,10 @@
 """Where the time of a step goes, by torch's profiler: attention, matrix products of the layers, head, the rest.
 
-Each operator's own time, without what it calls, belongs to the first category that it or one of its callers names:
-the head's autograd function, forwards and backwards; attention, which is the core attention module on the way forward
-and the kernel's own backward on the way back (what copies keys of a shared prompt is then counted under the rest); any
-other matrix product. On CUDA it is the time of the kernels, not of their launches.
+Each operator's own time, without what it calls, belongs to the first category that it or one of its callers names: the
+head's autograd function, forwards and backwards; attention, which is the core attention module on the way forward and
+the kernel's own backward on the way back (what copies keys of a shared prompt is then counted under the rest); any
+other matrix product, and all that a layer of Transformer Engine computes with its norm. On CUDA it is the time of the
+kernels, not of their launches.
 """
 
 import re
@@ -26,6 +27,8 @@ _OPERATORS_OF_REST = 4
 _ATTENTION_RANGE = "core attention"
 # Operators and autograd functions of torch's scaled_dot_product_attention and varlen_attn, and of FlashAttention-3.
 _ATTENTION_KERNEL = re.compile("scaled_?dot_?product|varlen_attn|flash_?attn|flash_?attention", re.IGNORECASE)
+# Transformer Engine's products are calls of its own within autograd functions of its modules.
+_ENGINE_LAYER = re.compile(r"_(LayerNorm)?(Grouped)?(Linear|MLP)(Backward)?")
 _MATRIX_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"}
 
 
@@ -68,7 +71,7 @@ def category(event: Any) -> str:
             return HEAD
         if event.name == _ATTENTION_RANGE or _ATTENTION_KERNEL.search(event.name):
             return ATTENTION
-        is_product = is_product or event.name in _MATRIX_PRODUCTS
+        is_product = is_product or event.name in _MATRIX_PRODUCTS or _ENGINE_LAYER.fullmatch(event.name) is not None
         event = event.cpu_parent
     return LAYERS if is_product else REST
 

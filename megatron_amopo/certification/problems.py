@@ -13,13 +13,12 @@ import torch
 
 from megatron_amopo.certification.layouts import Problem
 from megatron_amopo.certification.reference import FTX_GAMMA, MODPO_WEIGHTS, StepData
-from megatron_amopo.certification.tiny import make_data, make_hf_model, random_groups
+from megatron_amopo.certification.tiny import draw_scores, make_data, make_hf_model, random_groups
 from megatron_amopo.checkpoint.convert import hf_to_megatron
 from megatron_amopo.checkpoint.families import parameter_table
 from megatron_amopo.checkpoint.hf import read_config
 from megatron_amopo.checkpoint.parameters import Parameter
 from megatron_amopo.data.batching import SampleOrder
-from megatron_amopo.data.dataset import PreparedGroups
 from megatron_amopo.objectives.noise import record_noise
 
 #: Three steps are an epoch, so that longer runs also see the noise of the next one.
@@ -52,17 +51,17 @@ class PreparedProblem:
 
     def steps(self, count: int) -> list[StepData]:
         """What each of the first ``count`` steps reads: the order of records and the noise are data, like the records;
-        they come from the functions that training asks.
+        they come from the functions that training asks. Records and scores are those that were drawn, not read back.
         """
-        groups, prepared = random_groups(RECORDS, **_data_options(self.problem)), PreparedGroups.open(self.data)
+        groups = random_groups(RECORDS, **_data_options(self.problem))
+        scores = torch.from_numpy(draw_scores(np.random.default_rng(SEED), RECORDS, self.problem.dimensions))
         order = SampleOrder(RECORDS, SEED)
         result = []
         for step in range(count):
             indices, epochs = order(range(step * BATCH, (step + 1) * BATCH))
             ids = torch.tensor([groups[i].record_id for i in indices])
             noise = record_noise(SEED, ids, self.problem.dimensions, torch.from_numpy(epochs))
-            scores = np.stack([np.stack(prepared.scores(int(i)), axis=-1) for i in indices])
-            result.append(StepData([groups[i] for i in indices], noise, torch.from_numpy(scores)))
+            result.append(StepData([groups[i] for i in indices], noise, scores[indices]))
         return result
 
 

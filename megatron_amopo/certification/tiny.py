@@ -99,6 +99,11 @@ def random_groups(
     return groups
 
 
+def draw_scores(rng: np.random.Generator, count: int, dimensions: int) -> np.ndarray:
+    """Scores from 1 to 5, [count, dimensions − 1, 2]: chosen, rejected."""
+    return rng.integers(1, 6, (count, dimensions - 1, 2))
+
+
 def make_data(
     folder: Path,
     *,
@@ -133,6 +138,6 @@ def make_data(
     rng = np.random.default_rng(seed)
     scores: float | dict[str, np.ndarray] = 3.0
     if random_scores:
-        scores = {split: rng.integers(1, 6, (len(own), dimensions - 1, 2)) for split, own in splits.items()}
+        scores = {split: draw_scores(rng, len(own), dimensions) for split, own in splits.items()}
     drawn = {split: rng.normal(size=(len(own), len(rewards), 2)) for split, own in splits.items()}
     return write_groups(folder, splits, manifest, scores, rewards=drawn)

@@ -76,7 +76,7 @@ def whole_number(config: Mapping[str, Any], field: str, default: int | None = No
     if value is None:
         raise CheckpointError(f"config.json: {field} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
-        raise CheckpointError(f"config.json: {field} {value!r} is not a positive whole number of at most 64 bits")
+        raise CheckpointError(f"config.json: {field} {value!r} is not a positive whole number below 2**63")
     return value
 
 
@@ -156,8 +156,8 @@ def _rotary_base(config: Mapping[str, Any], default: int | None) -> int:
     places |= {f"{field}.rope_theta": (config.get(field) or {}).get("rope_theta") for field in _ROPE_FIELDS}
     said = {place: value for place, value in places.items() if value is not None}
     for place, value in said.items():
-        if not _is_positive(value) or value != int(value):
-            raise CheckpointError(f"config.json: {place} {value!r} is not a positive whole number")
+        if not _is_positive(value) or value != int(value) or value > _LARGEST:
+            raise CheckpointError(f"config.json: {place} {value!r} is not a positive whole number below 2**63")
     if len(set(said.values())) > 1:
         raise CheckpointError("config.json: " + ", but ".join(f"{place} is {value}" for place, value in said.items()))
     theta = next(iter(said.values()), default)

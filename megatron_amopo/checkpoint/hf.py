@@ -112,7 +112,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         swapped = (folder / "hf" / CONFIG).is_file()
         raise CheckpointError(f"{folder}: no {CONFIG}: not a Hugging Face model folder{hint if swapped else ''}")
     config = read_json(folder / CONFIG)
-    config_dtype(config)  # an import doesn't need it, the export does
+    try:
+        config_dtype(config)  # an import doesn't need it, the export does
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
     return config
 
 

@@ -46,11 +46,11 @@ GPUS: Mapping[str, Gpu] = MappingProxyType(
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
-    """The row that a device is of, by the name that CUDA gives it; None for cards in other forms (PCIe, NVL), whose
-    peaks are lower.
+    """The row that a device is of, by the name that CUDA gives it; None for cards in other forms (PCIe, NVL), which
+    may be slower, and for parts of a card (MIG).
     """
     words = device_name.lower().replace("-", " ").split()
-    if {"pcie", "nvl"} & set(words):
+    if {"pcie", "nvl", "mig"} & set(words):
         return None
     return next((row for name, row in GPUS.items() if name in words), None)
 

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import math
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -194,6 +195,9 @@ def parse_arguments() -> tuple[argparse.Namespace, RunConfig]:
         add_amopo_arguments(parser)
         flags.extend(read_flags(parser))
         parser.error = partial(_refuse, parser)  # type: ignore[method-assign]
+        if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
+            # Megatron would put the file's fields in the place of all flags, ours among them.
+            raise ConfigError("--yaml-cfg is not supported: give flags")
         return parser
 
     args = parse_args(extra_arguments)

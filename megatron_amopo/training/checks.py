@@ -6,6 +6,7 @@ record.
 """
 
 import argparse
+import json
 import math
 import shutil
 import tempfile
@@ -297,9 +298,10 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
                 f"--save {save} holds a run already: go on with it by --load {save} (without --finetune), or name "
                 "another folder"
             )
-        if holds_weights(save):
+        if not holds_checkpoint(save) and (found := file_of_a_model(save)) is not None:
             raise ConfigError(
-                f"--save {save} is a model's folder: a run's files would be mixed with its own. Name another folder"
+                f"--save {save} is a model's folder ({found.name}): a run's files would be mixed with its own. Name "
+                "another folder"
             )
         hf, source = save / "hf", checkpoint / "hf"
         resumed = source.is_dir() and hf.is_dir() and hf.samefile(source)  # stays as it is
@@ -325,11 +327,19 @@ def check_outputs(args: argparse.Namespace, checkpoint: Path) -> None:
             raise ConfigError(f"{flag} {folder}: can't be written to ({error.strerror})") from error
 
 
-def holds_weights(folder: Path) -> bool:
-    """Whether weights, or a model's config.json, lie in the folder itself."""
-    if not folder.is_dir():
-        return False
-    return (folder / CONFIG).exists() or any(path.suffix in _WEIGHTS for path in folder.iterdir() if path.is_file())
+def file_of_a_model(folder: Path) -> Path | None:
+    """A file by which ``folder`` itself is a Hugging Face model's: weights, or a config.json that names a model. Others
+    may have a config.json of their own there.
+    """
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        for path in sorted(folder.glob(pattern)):
+            return path
+    config = folder / CONFIG
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(fields, dict) and {"model_type", "architectures"} & fields.keys() else None
 
 
 def is_replaceable(hf: Path) -> bool:

@@ -32,7 +32,8 @@ def check_machine(args: argparse.Namespace) -> None:
         "--transformer-impl transformer_engine": args.transformer_impl == "transformer_engine",
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,  # its Adam
         # Megatron's code for it asks Transformer Engine whether FP8 is on.
-        "--recompute-modules layernorm": "layernorm" in (args.recompute_modules or ()),
+        "--recompute-modules layernorm": args.recompute_granularity == "selective"
+        and "layernorm" in (args.recompute_modules or ()),
     }
     for flag, given in needed_by.items():
         if given and not has_engine:

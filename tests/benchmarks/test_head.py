@@ -78,7 +78,8 @@ def liger_calls(monkeypatch):
     transformers.LigerFusedLinearCrossEntropyLoss = LigerFusedLinearCrossEntropyLoss
     monkeypatch.setitem(head.sys.modules, "liger_kernel", package)
     monkeypatch.setitem(head.sys.modules, "liger_kernel.transformers", transformers)
-    # In this module alone: what measures memory asks the real one.
+    # In this module alone: what measures memory is to look at this process, whatever the machine has.
+    monkeypatch.setattr("megatron_amopo.device.has_cuda", lambda: False)
     monkeypatch.setattr(
         head, "device", SimpleNamespace(has_cuda=lambda: True, current_device=lambda: torch.device("cpu"))
     )

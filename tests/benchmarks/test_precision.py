@@ -30,6 +30,7 @@ def test_only_what_is_computed_in_fp8_is_called_so(monkeypatch, layers, recipes,
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA B200", "b200"),
         ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("NVIDIA H100 NVL", None),
         ("NVIDIA A100-PCIE-40GB", None),
         ("NVIDIA GeForce RTX 4090", None),
@@ -40,7 +41,8 @@ def test_the_row_of_a_card(name, row):
 
 
 def test_the_peak_is_the_cards_unless_it_is_given(monkeypatch):
-    assert support.device_peak_tflops(None, torch.bfloat16) is None  # no card
+    monkeypatch.setattr(support.device, "has_cuda", lambda: False)
+    assert support.device_peak_tflops(None, torch.bfloat16) is None
     monkeypatch.setattr(support.device, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert support.device_peak_tflops(None, torch.bfloat16) == pytest.approx(989.4)

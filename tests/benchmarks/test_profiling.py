@@ -19,6 +19,11 @@ class Event:
     ("names", "expected"),
     [
         (["aten::linear", "aten::addmm"], LAYERS),
+        # Transformer Engine's, whose products are no operators of torch.
+        (["_Linear", "void nvjet_hsh_128x256"], LAYERS),
+        (["_LayerNormLinearBackward", "aten::add"], LAYERS),
+        (["_LayerNormMLP"], LAYERS),
+        (["_LinearUnknown"], REST),
         (["aten::add"], REST),
         (["core attention", "aten::index_select"], ATTENTION),
         (["ScaledDotProductFlashAttentionForCpuBackward0", "aten::bmm"], ATTENTION),

@@ -1,6 +1,7 @@
 """The plain reference itself: against the released code's figures, and against sequences that stand alone."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,29 @@ def test_equals_the_released_code(number, monkeypatch):
     assert loss.item() == pytest.approx(case["loss_reference_code"], rel=1e-6)
     loss.backward()
     assert logits.grad.norm().item() == pytest.approx(case["grad_logits_norm"], rel=1e-6)
+
+
+def figures_of(sum_logps):
+    """Of responses of two tokens, for losses that read nothing but these."""
+    sum_logps = torch.tensor(sum_logps, dtype=torch.float64)
+    return reference.ResponseFigures(sum_logps, torch.full_like(sum_logps, 2), sum_logps.exp(), sum_logps.exp())
+
+
+def test_modpo_by_hand():
+    """One record, one prompt: log ratios 1 and −1, so β·h = 0.2; the other objective (w 0.25) prefers the chosen
+    response by 3 points, the trained one (w 0.75) has no say: z = (0.2 − 0.75) / 0.75.
+    """
+    scores = torch.tensor([[[5, 2], [1, 4]]])
+    losses = reference._pair_losses("modpo", figures_of([[[-3.0, -6.0]]]), scores, torch.tensor([[[-4.0, -5.0]]]))
+    assert losses.tolist() == [[pytest.approx(math.log1p(math.exp(0.55 / 0.75)))]]
+
+
+def test_weights_from_scores_by_hand():
+    """Of the chosen response; the general prompt has the mean of both, 3."""
+    step = StepData([], torch.zeros(1, 3, 2), torch.tensor([[[5, 1], [1, 1]]]))
+    weights = reference._weights("from-scores", figures_of([[[-1.0, -1.0]] * 3]), step)
+    powers = [math.exp(score) for score in (3, 5, 1)]
+    assert weights.tolist() == [pytest.approx([power / sum(powers) for power in powers])]
 
 
 def test_padding_changes_nothing(tmp_path):

@@ -237,7 +237,7 @@ def test_a_wrongly_typed_field(make_folder: MakeFolder, tmp_path: Path, capsys: 
     assert last_error(capsys) == f"error: {original}/config.json: rms_norm_eps nan is not a finite number above 0"
     edit_config(original, rms_norm_eps=1e-6, dtype=["bfloat16"])
     assert run(IMPORT, original, tmp_path / "megatron") == 2
-    assert last_error(capsys) == "error: config.json: dtype ['bfloat16'] is not the name of a type"
+    assert last_error(capsys) == f"error: {original}/config.json: dtype ['bfloat16'] is not the name of a type"
     (original / "config.json").write_text("1" * 5000)
     assert run(IMPORT, original, tmp_path / "megatron") == 2
     assert "config.json: not JSON: Exceeds the limit" in last_error(capsys)

@@ -104,7 +104,13 @@ def test_precision(ranks, files, tmp_path):
     assert list(found) == ["float32", "bf16"]
     assert 0 < found["float32"]["logp_difference"] < 0.1
     assert found["float32"]["flops"] == found["bf16"]["flops"]
-    assert "of the bf16 peak" in (tmp_path / "README.md").read_text()
+    for result in found.values():
+        assert sum(result["shares"]["categories"].values()) == pytest.approx(1)
+        assert result["shares"]["categories"]["linear layers"] > 0
+        assert all(rate > 0 for rate in result["matmul_flops_per_second"]["values"])
+    page = (tmp_path / "README.md").read_text()
+    assert "of the bf16 peak" in page
+    assert f"Left out, as this machine doesn't compute them: {', '.join(precision.FP8)}." in page
 
 
 def test_shapes_are_of_four_layers_that_every_recipe_takes():

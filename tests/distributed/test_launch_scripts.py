@@ -66,7 +66,10 @@ def test_what_is_refused(ranks, places, tmp_path):
     """The check above can fail: a flag that is unknown, a layout that doesn't divide, a configuration."""
     name = "qwen2.5_7b"
     flags, _ = flags_of(name, places, tmp_path, {})
-    assert "parser doesn't know" in ranks.run(launch_refusal, 1, [*flags, "--renamed-upstream"], 8)[0]
+    assert (
+        "unrecognized arguments: --renamed-upstream"
+        in ranks.run(launch_refusal, 1, [*flags, "--renamed-upstream"], 8)[0]
+    )
     assert (
         "--tensor-model-parallel-size 8 doesn't divide the model's 28 attention heads"
         in ranks.run(launch_refusal, 1, flags_of(name, places, tmp_path, {"TP": "8"})[0], 8)[0]

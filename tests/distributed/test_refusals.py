@@ -84,6 +84,7 @@ FLAGS = {
     ),
     "no micro-batch": (["--micro-batch-size", "0"], 1, "--micro-batch-size is 0"),
     "no ranks": (["--tensor-model-parallel-size", "0"], 1, "--tensor-model-parallel-size is 0"),
+    "yaml": (["--yaml-cfg", "run.yaml"], 1, "--yaml-cfg is not supported: give flags"),
     "misspelt": (["--amopo-betta", "0.1"], 1, "unrecognized arguments: --amopo-betta 0.1; did you mean --amopo-beta?"),
     "misspelt with =": (["--micro-batchsize=1"], 1, "--micro-batchsize=1; did you mean --micro-batch-size?"),
     "unknown": (["--zzzz"], 1, "unrecognized arguments: --zzzz (--help lists the flags)"),

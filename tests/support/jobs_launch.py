@@ -31,8 +31,6 @@ def launch_refusal(flags: list[str], world_size: int, *, on_hopper: bool = True)
             args, config = arguments.parse_arguments()
             check_resumed_run(args, config)
             core_transformer_config_from_args(args)
-        except SystemExit:  # argparse has said what it doesn't know on stderr
-            return "Megatron's parser doesn't know a flag"
         except (AmopoError, AssertionError, ValueError) as error:
             return str(error) or repr(error)
     return ""

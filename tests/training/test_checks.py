@@ -86,11 +86,12 @@ def test_a_models_own_folder_is_not_taken_for_a_runs(tmp_path):
     own = tmp_path / "model"
     own.mkdir()
     for name in ("config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"):
-        (own / name).write_text("{}")
-        with pytest.raises(ConfigError, match=r"--save .*model is a model's folder"):
+        (own / name).write_text('{"model_type": "llama"}')
+        with pytest.raises(ConfigError, match=rf"--save .*model is a model's folder \({name}\)"):
             check_outputs(outputs(own), tmp_path)
         (own / name).unlink()
-    (own / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "config.json", "scores.pt"):  # a launcher's own
+        (own / name).write_text('{"experiment": 7}')
     check_outputs(outputs(own), tmp_path)
 
     source = tmp_path / "source"

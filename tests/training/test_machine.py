@@ -15,6 +15,7 @@ PLAIN = {
     "optimizer_cpu_offload": False,
     "fp8": None,
     "fp8_recipe": "delayed",
+    "recompute_granularity": "selective",
     "recompute_modules": None,
 }
 
@@ -40,6 +41,7 @@ def fp8(recipe):
         ({"recompute_modules": ["core_attn", "mlp"]}, False, None, None),
         ({"recompute_modules": ["mlp", "layernorm"]}, False, None, "--recompute-modules layernorm needs Transformer"),
         ({"recompute_modules": ["layernorm"]}, True, (9, 0), None),
+        ({"recompute_modules": ["layernorm"], "recompute_granularity": "full"}, False, None, None),
         ({"optimizer_cpu_offload": True}, True, None, "--optimizer-cpu-offload takes the optimizer from the GPU"),
         ({"optimizer_cpu_offload": True}, False, (8, 0), None),
         (fp8("delayed"), True, (8, 0), "compute capability 8.9 or higher"),
