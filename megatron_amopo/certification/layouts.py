@@ -80,13 +80,16 @@ FULL_RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "unif
 BF16 = ("--bf16",)
 # Transformer Engine multiplies float32 matrices in TF32; Megatron's own layers don't.
 GPU_FLOAT32 = ("--transformer-impl", "local")
-SELECTIVE_RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules")
 
 BF16_WEIGHTS = Problem(bf16_weights=True)
 
 
 def _micro_batch(size: int) -> tuple[str, ...]:
     return ("--micro-batch-size", str(size))
+
+
+def _recompute(module: str) -> tuple[str, ...]:
+    return ("--recompute-granularity", "selective", "--recompute-modules", module)
 
 
 #: On the CPU, over gloo. Four ranks at most: each holds Megatron in memory.
@@ -127,8 +130,8 @@ CPU_LAYOUTS = (
     Layout("micro-batch-8", 1, _micro_batch(8)),
     Layout("tokens-per-micro-batch-dp2", 2, ("--amopo-max-tokens-per-micro-batch", "500")),
     Layout("full-recompute", 1, FULL_RECOMPUTE),
-    Layout("selective-recompute", 1, (*SELECTIVE_RECOMPUTE, "core_attn")),
-    Layout("selective-recompute-mlp-tp2-sp", 2, (*TP2, *SP, *SELECTIVE_RECOMPUTE, "mlp")),
+    Layout("selective-recompute", 1, _recompute("core_attn")),
+    Layout("selective-recompute-mlp-tp2-sp", 2, TP2 + SP + _recompute("mlp")),
     Layout("tp2-full-recompute-activations-split", 2, (*TP2, *FULL_RECOMPUTE, "--distribute-saved-activations")),
     # Mixed.
     Layout("tp2-pp2", 4, TP2 + PP2),
